@@ -1,0 +1,36 @@
+"""Settings evaluated at one step: what the learner is sent, so that every rank takes the same step."""
+
+import math
+
+from ftb_llm.config.schema import Config, Objective
+from ftb_llm.types import ObjectiveSpec
+
+
+def resolve_objective(objective: Objective, step: int) -> ObjectiveSpec:
+    """The objective of step `step`. Nothing in it depends on the step yet; schedules are evaluated here."""
+    return ObjectiveSpec(
+        kind=objective.kind,
+        divergence=objective.divergence.name,
+        alpha=objective.divergence.alpha,
+        beta=objective.beta,
+        tempered=objective.tempered,
+    )
+
+
+def resolve_learning_rate(config: Config, step: int) -> float:
+    """The learning rate of step `step` (the first is 1): linear warm-up, then decay that reaches zero one step after run.max_steps.
+
+    A pure function of the settings and the step: live changes take effect at once, and a checkpoint needs no scheduler.
+    """
+    learner = config.learner
+    if step <= learner.warmup_steps:
+        return learner.learning_rate * step / (learner.warmup_steps + 1)
+    span = config.run.max_steps - learner.warmup_steps
+    progress = min(1.0, (step - 1 - learner.warmup_steps) / span) if span > 0 else 0.0
+    match learner.decay:
+        case "constant":
+            return learner.learning_rate
+        case "linear":
+            return learner.learning_rate * (1 - progress)
+        case "cosine":
+            return learner.learning_rate * (1 + math.cos(math.pi * progress)) / 2

@@ -1,0 +1,231 @@
+"""Every setting: its type, default, range, meaning, and whether it may change while the run is alive.
+
+`Live(...)` marks a setting that `PATCH /v1/config` and `ftb-llm set` may change; it takes effect at a step boundary.
+`Fixed(...)` marks one that is settled when the run starts. Nothing heavy is imported here.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+DIVERGENCES = ("reverse_kl", "forward_kl", "pearson", "neyman", "hellinger", "tv", "js", "alpha")
+OBJECTIVES = ("ftb",)
+
+
+def Live(default: Any, meaning: str, **limits: Any) -> Any:
+    """A setting that may change while the run is alive."""
+    return Field(default=default, description=meaning, json_schema_extra={"live": True}, **limits)
+
+
+def Fixed(default: Any, meaning: str, **limits: Any) -> Any:
+    """A setting that is settled when the run starts."""
+    return Field(default=default, description=meaning, json_schema_extra={"live": False}, **limits)
+
+
+def _import_path(value: str) -> str:
+    module, colon, function = value.partition(":")
+    if not colon or not module or not function:
+        raise ValueError("must be written package.module:function, for example ftb_llm.tasks.hypergrid:reward")
+    return value
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys fail, values are immutable, numbers are not parsed from strings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Run(Section):
+    """The run itself."""
+
+    name: str | None = Fixed(
+        None, "Name of the run and of its folder; by default the task and the time.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100
+    )
+    dir: str = Fixed("runs", "Folder that holds the run folders.", min_length=1)
+    seed: int = Fixed(0, "Seed of prompt order, sampling and initial weights.", ge=0, lt=2**31)
+    max_steps: int = Live(400, "Optimizer steps after which the run ends.", ge=1, lt=2**31)
+
+
+class Lora(Section):
+    """The adapter that is trained."""
+
+    rank: int = Fixed(16, "Rank of the adapter.", ge=1, le=1024)
+    alpha: float = Fixed(32.0, "Scaling numerator: the merged weight is base + alpha / rank * B A.", gt=0)
+    rslora: bool = Fixed(False, "Scale by alpha / sqrt(rank) instead of alpha / rank.")
+    targets: str | list[str] = Fixed("all-linear", "Module names to adapt, or all-linear for every linear layer but the head.")
+
+
+class Model(Section):
+    """The reference model, which is also the one that is adapted."""
+
+    path: str = Fixed("builtin:hypergrid", "Local folder in Hugging Face format, Hub name, or builtin:hypergrid / builtin:sums.", min_length=1)
+    dtype: Literal["float32", "bfloat16"] = Fixed("float32", "Precision of the base weights in learner and engine.")
+    lora: Lora = Field(default_factory=Lora, description=Lora.__doc__)
+
+
+class Data(Section):
+    """The prompts: TRL's prompt-only format."""
+
+    path: str = Fixed("builtin:hypergrid", "Local .jsonl or .parquet file, Hub dataset name, or builtin:hypergrid / builtin:sums.", min_length=1)
+    split: str = Fixed("train", "Split to read when the dataset has several.", min_length=1)
+    shuffle: bool = Fixed(True, "Visit the prompts in a new random order each epoch.")
+
+
+class Reward(Section):
+    """One reward function."""
+
+    function: Annotated[str, AfterValidator(_import_path)] = Fixed(..., "Import path package.module:function, called as TRL calls it.")
+    weight: float = Fixed(1.0, "Factor of this reward in the sum.")
+
+
+class Rewards(Section):
+    """What is rewarded."""
+
+    functions: list[Reward] = Fixed([Reward(function="ftb_llm.tasks.hypergrid:reward")], "Reward functions; their weighted sum is r(x, y).", min_length=1)
+    timeout_seconds: float = Fixed(30.0, "A group whose rewards take longer is rejected.", gt=0)
+    workers: int = Fixed(1, "Processes that compute rewards side by side.", ge=1, le=256)
+
+
+class Divergence(Section):
+    """The member of the f-divergence family whose loss is minimised."""
+
+    name: Literal["reverse_kl", "forward_kl", "pearson", "neyman", "hellinger", "tv", "js", "alpha"] = Live("reverse_kl", "Which divergence.")
+    alpha: float | None = Live(None, "Order of the alpha-divergence; only with name alpha, and then required.", ge=-10, le=10)
+
+    @model_validator(mode="after")
+    def _alpha_belongs_to_alpha(self) -> "Divergence":
+        if self.name == "alpha" and self.alpha is None:
+            raise ValueError("name alpha needs alpha, for example 0.5")
+        if self.name != "alpha" and self.alpha is not None:
+            raise ValueError(f"alpha {self.alpha} only goes with name alpha, not with {self.name}")
+        return self
+
+
+class Objective(Section):
+    """What a step minimises."""
+
+    kind: Literal["ftb"] = Fixed("ftb", "The objective: f-Trajectory Balance with the batch normaliser of each group.")
+    divergence: Divergence = Field(default_factory=Divergence, description=Divergence.__doc__)
+    beta: float = Live(0.5, "Temperature of the target pi_ref e^{r/beta} / Z.", gt=0)
+    tempered: bool = Live(False, "Use (1/beta) L(beta Delta) instead of L(Delta); practical at small beta.")
+
+
+class Sampling(Section):
+    """How completions are sampled."""
+
+    group_size: int = Fixed(32, "Completions per prompt (K).", ge=2, le=4096)
+    temperature: float = Live(1.0, "Sampling temperature; any value is unbiased.", gt=0, le=10)
+    top_p: float = Live(1.0, "Nucleus mass; any value is unbiased as long as the support stays full.", gt=0, le=1)
+    max_tokens: int = Live(256, "Longest completion, in tokens.", ge=1)
+
+
+class Actors(Section):
+    """The generators."""
+
+    count: int = Fixed(1, "Generator actors, each with its own engine, snapshot and version.", ge=1)
+    cpus_each: float = Fixed(1.0, "CPU cores that each generator reserves.", ge=0)
+    gpus_each: float = Fixed(0.0, "GPUs that each generator reserves.", ge=0)
+    groups_in_flight: int = Fixed(8, "Groups that each generator works on at once.", ge=1)
+    max_model_len: int = Fixed(512, "Longest prompt plus completion, in tokens.", ge=8)
+    kv_cache_gib: float = Fixed(1.0, "Memory for the key-value cache of a CPU engine, in GiB.", gt=0)
+    gpu_memory_utilization: float = Fixed(0.85, "Share of each GPU that its engine takes.", gt=0, le=1)
+    push_every_steps: int = Live(1, "Steps between published adapters.", ge=1, lt=2**31)
+    push_timeout_seconds: float = Live(60.0, "A push that takes longer counts as failed.", gt=0)
+    push_retry_seconds: float = Live(2.0, "Wait before a failed push is tried again.", gt=0)
+    canary_tolerance: float = Fixed(1e-3, "Largest difference allowed between engine and learner on the canary's summed log-prob.", gt=0)
+
+
+class Staleness(Section):
+    """How old a group may be."""
+
+    max_steps: int | None = Live(None, "Groups with a token older than this many steps are dropped, counted; null keeps all.", ge=0, lt=2**31)
+
+
+class Buffer(Section):
+    """The queue between generators and learner."""
+
+    capacity_groups: int = Fixed(32, "Groups queued or being generated; when they are that many, the generators wait.", ge=1)
+
+
+class Learner(Section):
+    """The optimizer's side."""
+
+    cpus: float = Fixed(1.0, "CPU cores that the learner reserves.", ge=0)
+    gpus: float = Fixed(0.0, "GPUs that the learner reserves.", ge=0)
+    groups_per_step: int = Fixed(8, "Groups per optimizer step.", ge=1)
+    groups_per_micro_batch: int = Fixed(8, "Groups per forward and backward pass; a group is never split.", ge=1)
+    learning_rate: float = Live(3e-3, "Peak learning rate of AdamW.", gt=0, le=1)
+    warmup_steps: int = Live(10, "Steps of linear warm-up.", ge=0, lt=2**31)
+    decay: Literal["constant", "linear", "cosine"] = Live("cosine", "Shape of the decay from the warm-up's end to run.max_steps.")
+    weight_decay: float = Fixed(0.0, "AdamW weight decay.", ge=0)
+    max_grad_norm: float = Live(1.0, "Gradient norm above which gradients are scaled down.", gt=0)
+
+
+class Control(Section):
+    """The REST control plane."""
+
+    enabled: bool = Fixed(True, "Serve the control plane.")
+    host: str = Fixed("127.0.0.1", "Address to listen on; any but loopback needs control.token_env.", min_length=1)
+    port: int = Fixed(8000, "Port to listen on.", ge=1, le=65535)
+    token_env: str | None = Fixed(None, "Environment variable that holds the bearer token.", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+
+
+class Eval(Section):
+    """The exact oracle, for tasks that have one."""
+
+    every_steps: int = Live(25, "Steps between exact evaluations; the first and last step are always evaluated.", ge=1, lt=2**31)
+    audit_groups: int = Fixed(4, "Groups sampled after the last push to compare engine and learner log-probs and speed.", ge=1)
+
+
+class Checkpoint(Section):
+    """What a run can be resumed from."""
+
+    every_steps: int = Live(100, "Steps between checkpoints; one is always written at the end.", ge=1, lt=2**31)
+    keep: int = Fixed(3, "Checkpoints, and adapters, to keep.", ge=1)
+
+
+class Logging(Section):
+    """What is shown while training."""
+
+    progress: Literal["auto", "live", "plain", "off"] = Fixed("auto", "Live panel, plain lines, or nothing; auto shows the panel on a terminal.")
+    every_steps: int = Live(10, "Steps between plain progress lines.", ge=1, lt=2**31)
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: Run = Field(default_factory=Run, description=Run.__doc__)
+    model: Model = Field(default_factory=Model, description=Model.__doc__)
+    data: Data = Field(default_factory=Data, description=Data.__doc__)
+    rewards: Rewards = Field(default_factory=Rewards, description=Rewards.__doc__)
+    objective: Objective = Field(default_factory=Objective, description=Objective.__doc__)
+    sampling: Sampling = Field(default_factory=Sampling, description=Sampling.__doc__)
+    actors: Actors = Field(default_factory=Actors, description=Actors.__doc__)
+    staleness: Staleness = Field(default_factory=Staleness, description=Staleness.__doc__)
+    buffer: Buffer = Field(default_factory=Buffer, description=Buffer.__doc__)
+    learner: Learner = Field(default_factory=Learner, description=Learner.__doc__)
+    control: Control = Field(default_factory=Control, description=Control.__doc__)
+    eval: Eval = Field(default_factory=Eval, description=Eval.__doc__)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint, description=Checkpoint.__doc__)
+    logging: Logging = Field(default_factory=Logging, description=Logging.__doc__)
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "Config":
+        problems = []
+        if self.buffer.capacity_groups < self.learner.groups_per_step:
+            problems.append(
+                f"buffer.capacity_groups {self.buffer.capacity_groups} can never fill a step of "
+                f"learner.groups_per_step {self.learner.groups_per_step}; it must be at least as large"
+            )
+        if self.sampling.max_tokens >= self.actors.max_model_len:
+            problems.append(
+                f"sampling.max_tokens {self.sampling.max_tokens} leaves no room for a prompt in "
+                f"actors.max_model_len {self.actors.max_model_len}; it must be smaller"
+            )
+        if self.control.host not in ("127.0.0.1", "localhost", "::1") and self.control.token_env is None:
+            problems.append(
+                f"control.host {self.control.host} is not loopback and needs a bearer token: set control.token_env to the environment variable that holds it"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
