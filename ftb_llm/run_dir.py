@@ -1,0 +1,90 @@
+"""The run's folder: what is written where, whole lines and whole files only."""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ftb_llm.errors import SetupError
+
+
+class RunDir:
+    """`runs/<name>/`. JSON lines are appended and flushed; JSON files are replaced atomically."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path) -> "RunDir":
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            raise SetupError(f"run.name: {path} exists already; choose another name, or go on with it by --resume {path}") from None
+        except OSError as error:
+            raise SetupError(f"run.dir: {path} can't be created: {error.strerror}") from None
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> "RunDir":
+        if not (path / "config.json").is_file():
+            raise SetupError(f"--resume: {path} is not a run folder; it has no config.json")
+        return cls(path)
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        append_line(self.path / "metrics.jsonl", row)
+
+    def append_event(self, kind: str, message: str, *, step: int, **details: Any) -> dict[str, Any]:
+        row = {"time": time.time(), "step": step, "kind": kind, "message": message, **details}
+        append_line(self.path / "events.jsonl", row)
+        return row
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        return read_lines(self.path / "metrics.jsonl")
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        return read_lines(self.path / "events.jsonl")
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drop the rows of steps that a resumed run will take again, so that each step stands once."""
+        kept = [row for row in self.metrics() if row["step"] <= step]
+        write_whole(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+
+    def write_json(self, name: str, value: Any) -> Path:
+        target = self.path / name
+        target.parent.mkdir(exist_ok=True)
+        write_whole(target, json.dumps(value, indent=2) + "\n")
+        return target
+
+    def read_json(self, name: str) -> Any:
+        return json.loads((self.path / name).read_text(encoding="utf-8"))
+
+    def newest_checkpoint(self) -> Path | None:
+        found = sorted((self.path / "checkpoints").glob("step_[0-9]*"))
+        return found[-1] if found else None
+
+
+def append_line(path: Path, row: Mapping[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Every whole line; a torn last line (the machine died while writing) is left out."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Readers see the old file or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,62 @@
+import json
+
+import pytest
+
+from ftb_llm.errors import SetupError
+from ftb_llm.run_dir import RunDir
+
+
+def test_a_run_folder_is_never_overwritten(tmp_path):
+    RunDir.create(tmp_path / "a")
+    with pytest.raises(SetupError, match=r"run.name.*exists already.*--resume"):
+        RunDir.create(tmp_path / "a")
+
+
+def test_only_a_run_folder_can_be_opened(tmp_path):
+    with pytest.raises(SetupError, match=r"no config.json"):
+        RunDir.open(tmp_path)
+
+
+def test_lines_come_back_and_a_torn_last_one_is_left_out(tmp_path):
+    run_dir = RunDir.create(tmp_path / "a")
+    run_dir.append_metrics({"step": 1, "reward/mean": 0.5})
+    with (tmp_path / "a" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "rew')
+    assert list(run_dir.metrics()) == [{"step": 1, "reward/mean": 0.5}]
+
+
+def test_metrics_refuse_numbers_that_are_not_json(tmp_path):
+    run_dir = RunDir.create(tmp_path / "a")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        run_dir.append_metrics({"step": 1, "reward/mean": float("nan")})
+
+
+def test_rows_after_a_checkpoint_are_forgotten(tmp_path):
+    run_dir = RunDir.create(tmp_path / "a")
+    for step in range(5):
+        run_dir.append_metrics({"step": step})
+    run_dir.forget_metrics_after(2)
+    assert [row["step"] for row in run_dir.metrics()] == [0, 1, 2]
+
+
+def test_events_carry_step_kind_and_details(tmp_path):
+    run_dir = RunDir.create(tmp_path / "a")
+    run_dir.append_event("push", "pushed", step=3, version=3)
+    (event,) = run_dir.events()
+    assert event["kind"] == "push" and event["step"] == 3 and event["version"] == 3 and event["time"] > 0
+
+
+def test_json_files_are_replaced_whole(tmp_path):
+    run_dir = RunDir.create(tmp_path / "a")
+    run_dir.write_json("eval/last.json", {"a": 1})
+    run_dir.write_json("eval/last.json", {"a": 2})
+    assert json.loads((tmp_path / "a/eval/last.json").read_text()) == {"a": 2}
+    assert [path.name for path in (tmp_path / "a/eval").iterdir()] == ["last.json"]
+
+
+def test_the_newest_checkpoint_is_the_one_with_the_highest_step(tmp_path):
+    run_dir = RunDir.create(tmp_path / "a")
+    assert run_dir.newest_checkpoint() is None
+    for step in (100, 900, 200):
+        (tmp_path / "a/checkpoints" / f"step_{step:06d}").mkdir(parents=True)
+    assert run_dir.newest_checkpoint().name == "step_000900"
