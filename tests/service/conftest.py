@@ -1,0 +1,158 @@
+"""A hand-written run behind the real control plane, served over real HTTP from a thread."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from ftb_llm.api import prometheus
+from ftb_llm.api.app import create_app
+from ftb_llm.api.server import serve
+from ftb_llm.config import build_config
+from ftb_llm.config.ledger import ConfigLedger, ConfigVersion
+from ftb_llm.errors import WrongState
+
+DEADLINE_SECONDS = 20
+
+
+class FakeRun:
+    """A run that stands still at step 11; what the control plane asks of it is recorded."""
+
+    def __init__(self) -> None:
+        self.step = 11
+        self.state = "training"
+        self.cause: str | None = None
+        self.broken = False
+        self.divergences: dict[str, float] = {"reverse_kl": 0.25, "pearson": float("nan"), "neyman": float("inf")}
+        self.commands: list[tuple[str, str]] = []
+        self.changes: list[ConfigVersion] = []
+        self.ledger = ConfigLedger(build_config({"run": {"max_steps": 50}}), next_step=lambda: self.step + 1, on_change=self.changes.append)
+
+    def status(self) -> dict[str, Any]:
+        if self.broken:
+            raise KeyError("a secret of the inside")
+        return {
+            "run": "fake",
+            "state": self.state,
+            "step": self.step,
+            "max_steps": self.ledger.current.config.run.max_steps,
+            "policy_version": 8,
+            "config_version": self.ledger.current.version,
+            "objective": {"kind": "ftb", "divergence": "reverse_kl", "alpha": None, "beta": 0.5, "tempered": False},
+            "actors": [
+                {
+                    "name": "generator-0",
+                    "state": "ready",
+                    "version": 8,
+                    "push_pause_ms": 91.5,
+                    "groups_in_flight": 8,
+                    "tokens_per_second": 900.0,
+                    "last_error": None,
+                },
+                {
+                    "name": "generator-1",
+                    "state": "out",
+                    "version": None,
+                    "push_pause_ms": None,
+                    "groups_in_flight": 0,
+                    "tokens_per_second": None,
+                    "last_error": "canary",
+                },
+            ],
+            "buffer": {"groups": 3, "capacity": 32},
+            "staleness": {"mean": 2.5, "max": 4, "min": 1, "limit": None},
+            "throughput": {"generate_tokens_per_second": 900.0, "learn_tokens_per_second": 800.0, "steps_per_second": None},
+            "divergences": self.divergences,
+            "reward": {"mean": 0.75},
+            "eval": {},
+            "accounting": {"generated": 20, "trained": 11, "dropped_stale": 1, "rejected": 2, "buffered": 3, "leased": 3, "reasons": {"too_old": 1, "nan": 2}},
+            "last_error": None,
+            "url": None,
+            "run_dir": "runs/fake",
+        }
+
+    def not_ready_cause(self) -> str | None:
+        return self.cause
+
+    def request_stop(self, source: str) -> None:
+        if self.state == "stopping":
+            raise WrongState("the run is already stopping")
+        self.state = "stopping"
+        self.commands.append(("stop", source))
+
+    def request_checkpoint(self, source: str) -> dict[str, Any]:
+        if self.state != "training":
+            raise WrongState(f"no checkpoint while {self.state}")
+        self.commands.append(("checkpoint", source))
+        return {"step": self.step + 1}
+
+    def metrics_text(self) -> bytes:
+        return prometheus.render(self.status(), {"step": self.step, "reward/mean": 0.75})
+
+
+@contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    """The base URL of a real server in a thread of its own, on a free port."""
+    urls: list[str] = []
+    stops: list[Callable[[], object]] = []
+    started = threading.Event()
+
+    async def main() -> None:
+        stop = asyncio.Event()
+        async with serve(app, "127.0.0.1", 0) as url:
+            urls.append(url)
+            loop = asyncio.get_running_loop()
+            stops.append(lambda: loop.call_soon_threadsafe(stop.set))
+            started.set()
+            await stop.wait()
+
+    thread = threading.Thread(target=asyncio.run, args=(main(),))
+    thread.start()
+    try:
+        assert started.wait(DEADLINE_SECONDS), "the server did not start"
+        yield urls[0]
+    finally:
+        for stop in stops:
+            stop()
+        thread.join(DEADLINE_SECONDS)
+        assert not thread.is_alive(), "the server did not stop"
+
+
+@pytest.fixture(scope="session")
+def servers() -> Iterator[dict[str, tuple[FastAPI, str]]]:
+    """One server without and one with the token `s3cret`; the runs behind them change from test to test."""
+    free, guarded = create_app(FakeRun()), create_app(FakeRun(), token="s3cret")
+    with serving(free) as free_url, serving(guarded) as guarded_url:
+        yield {"free": (free, free_url), "guarded": (guarded, guarded_url)}
+
+
+@pytest.fixture
+def run(servers: dict[str, tuple[FastAPI, str]]) -> FakeRun:
+    """A fresh run behind both servers."""
+    fresh = FakeRun()
+    for app, _ in servers.values():
+        app.state.run = fresh
+    return fresh
+
+
+@pytest.fixture
+def url(servers: dict[str, tuple[FastAPI, str]], run: FakeRun) -> str:
+    return servers["free"][1]
+
+
+@pytest.fixture
+def http(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, trust_env=False, timeout=DEADLINE_SECONDS) as client:
+        yield client
+
+
+@pytest.fixture
+def guarded(servers: dict[str, tuple[FastAPI, str]], run: FakeRun) -> Iterator[httpx.Client]:
+    """A client, without credentials, of the server that wants the token `s3cret`."""
+    with httpx.Client(base_url=servers["guarded"][1], trust_env=False, timeout=DEADLINE_SECONDS) as client:
+        yield client

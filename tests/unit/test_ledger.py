@@ -1,0 +1,210 @@
+import json
+import subprocess
+import sys
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ftb_llm.config import Config, build_config
+from ftb_llm.config.ledger import ConfigLedger, ConfigVersion
+from ftb_llm.errors import FixedSetting, InvalidConfig, StaleConfig, WrongState
+
+
+class Bench:
+    """A ledger at a step that the test moves."""
+
+    def __init__(self, tree: dict[str, Any] | None = None, step: int = 0, history: tuple[ConfigVersion, ...] = ()) -> None:
+        self.step = step
+        self.changes: list[ConfigVersion] = []
+        self.ledger = ConfigLedger(build_config(tree or {}), next_step=lambda: self.step + 1, on_change=self.changes.append, history=history)
+
+    def patch(self, patch: Any, if_match: str = "*") -> ConfigVersion:
+        return self.ledger.patch(patch, if_match=if_match, source="test")
+
+
+def problems(bench: Bench, patch: Any) -> dict[str, str]:
+    with pytest.raises(InvalidConfig) as caught:
+        bench.patch(patch)
+    assert bench.changes == []
+    assert bench.ledger.current.version == 1
+    return {problem.key: problem.message for problem in caught.value.problems}
+
+
+def test_the_first_version_is_the_start() -> None:
+    bench = Bench()
+    first = bench.ledger.current
+    assert (first.version, first.effective_step, first.source, first.changed, first.config) == (1, 1, "start", {}, Config())
+    assert bench.ledger.history() == (first,)
+    assert bench.changes == []
+
+
+def test_a_patch_is_a_version_that_starts_at_the_next_step() -> None:
+    bench = Bench(step=11)
+    version = bench.patch({"objective": {"beta": 0.25, "divergence": {"name": "alpha", "alpha": 0.5}}})
+    assert (version.version, version.effective_step, version.source) == (2, 12, "test")
+    assert version.changed == {"objective.divergence.name": ("reverse_kl", "alpha"), "objective.divergence.alpha": (None, 0.5), "objective.beta": (0.5, 0.25)}
+    assert bench.ledger.current is version
+    assert bench.changes == [version]
+
+
+def test_the_rest_of_the_config_stays() -> None:
+    bench = Bench({"learner": {"groups_per_step": 4}, "sampling": {"temperature": 0.5}})
+    config = bench.patch({"sampling": {"top_p": 0.5}}).config
+    assert config == build_config({"learner": {"groups_per_step": 4}, "sampling": {"temperature": 0.5, "top_p": 0.5}})
+
+
+def test_null_puts_a_setting_back_to_its_default() -> None:
+    bench = Bench({"staleness": {"max_steps": 8}, "run": {"max_steps": 50}})
+    assert bench.patch({"staleness": {"max_steps": None}, "run": {"max_steps": None}}).changed == {"staleness.max_steps": (8, None), "run.max_steps": (50, 400)}
+
+
+def test_a_patch_that_changes_nothing_returns_the_current_version() -> None:
+    bench = Bench()
+    first = bench.ledger.current
+    for patch in ({}, {"objective": {}}, {"objective": {"beta": 0.5}}, {"sampling": {"group_size": 32}}, first.config.model_dump(mode="json")):
+        assert bench.patch(patch) is first
+    assert bench.changes == []
+
+
+def test_if_match() -> None:
+    bench = Bench()
+    stale = bench.ledger.etag
+    for if_match in (stale, "*", f'"x", {bench.ledger.etag}', stale.strip('"')):
+        bench.patch({}, if_match)
+    bench.patch({"objective": {"beta": 0.25}}, stale)
+    for if_match in (stale, "", '""', f"W/{bench.ledger.etag}", bench.ledger.etag[:-2]):
+        with pytest.raises(StaleConfig) as caught:
+            bench.patch({"objective": {"beta": 0.75}}, if_match)
+        assert caught.value.current == bench.ledger.etag
+    assert bench.ledger.current.version == 2
+
+
+def test_the_etag_tells_versions_and_contents_apart() -> None:
+    bench, other = Bench(), Bench({"objective": {"beta": 0.25}})
+    tags = [bench.ledger.etag, other.ledger.etag]
+    for beta in (0.25, 0.5):
+        tags.append(bench.patch({"objective": {"beta": beta}}).etag)
+    assert len(set(tags)) == 4
+    assert tags[0] == Bench().ledger.etag
+    assert [tag[:3] for tag in tags] == ['"1-', '"1-', '"2-', '"3-']
+
+
+@pytest.mark.parametrize(
+    ("patch", "keys"),
+    [
+        ({"sampling": {"group_size": 64}}, ["sampling.group_size"]),
+        ({"sampling": {"group_size": "a lot"}}, ["sampling.group_size"]),
+        ({"buffer": {"capacity_groups": 1}, "learner": {"groups_per_step": 1000}}, ["buffer.capacity_groups", "learner.groups_per_step"]),
+        ({"run": {"name": None}}, ["run.name"]),
+        ({"rewards": {"functions": []}}, ["rewards.functions"]),
+        ({"sampling": {"group_size": 64, "temperature": 0.5}}, ["sampling.group_size"]),
+    ],
+)
+def test_fixed_settings_are_refused(patch: dict[str, Any], keys: list[str]) -> None:
+    bench = Bench({"run": {"name": "named"}})
+    with pytest.raises(FixedSetting) as caught:
+        bench.patch(patch)
+    assert caught.value.keys == keys
+    assert bench.changes == []
+
+
+def test_unknown_keys_name_the_nearest() -> None:
+    assert problems(Bench(), {"objective": {"betta": 0.1}}) == {"objective.betta": "unknown setting; did you mean objective.beta?"}
+    assert problems(Bench(), {"objective": {"betta": None}}) == {"objective.betta": "unknown setting; did you mean objective.beta?"}
+    assert "did you mean objective?" in problems(Bench(), {"objectiv": {"beta": 0.1}})["objectiv"]
+
+
+@pytest.mark.parametrize("patch", [None, [], 5, "objective.beta=1"])
+def test_a_patch_is_an_object(patch: Any) -> None:
+    assert "must be a JSON object" in problems(Bench(), patch)[""]
+
+
+def test_bad_values_name_the_setting() -> None:
+    assert set(problems(Bench(), {"objective": {"beta": 0}, "sampling": {"temperature": "hot"}})) == {"objective.beta", "sampling.temperature"}
+    assert set(problems(Bench(), {"objective": 5})) == {"objective"}
+    assert "needs alpha" in problems(Bench(), {"objective": {"divergence": {"name": "alpha"}}})["objective.divergence"]
+    assert "actors.max_model_len" in problems(Bench(), {"sampling": {"max_tokens": 100_000}})[""]
+
+
+def test_max_steps_may_not_lie_behind() -> None:
+    bench = Bench(step=57)
+    assert problems(bench, {"run": {"max_steps": 56}}) == {"run.max_steps": "56 is below the current step 57; it must be at least 57"}
+    assert bench.patch({"run": {"max_steps": 57}}).config.run.max_steps == 57
+
+
+def test_the_newest_version_in_effect_governs_a_step() -> None:
+    bench = Bench()
+    first = bench.ledger.current
+    bench.step = 9
+    bench.patch({"objective": {"beta": 0.1}})
+    later = bench.patch({"objective": {"beta": 0.2}})
+    bench.step = 19
+    last = bench.patch({"objective": {"beta": 0.3}})
+    assert [bench.ledger.at_step(step) for step in (1, 9, 10, 19, 20, 999)] == [first, first, later, later, last, last]
+    with pytest.raises(ValueError, match="step 0"):
+        bench.ledger.at_step(0)
+
+
+def test_a_change_that_can_not_be_recorded_does_not_count() -> None:
+    def refuse(version: ConfigVersion) -> None:
+        raise OSError("disk full")
+
+    ledger = ConfigLedger(Config(), next_step=lambda: 1, on_change=refuse)
+    with pytest.raises(OSError, match="disk full"):
+        ledger.patch({"objective": {"beta": 0.1}}, if_match="*", source="test")
+    assert ledger.current.version == 1
+
+
+def test_no_patch_when_no_step_follows() -> None:
+    bench = Bench()
+
+    def over() -> int:
+        raise WrongState("the run is over")
+
+    ledger = ConfigLedger(Config(), next_step=over, on_change=bench.changes.append, history=bench.ledger.history())
+    with pytest.raises(WrongState):
+        ledger.patch({"objective": {"beta": 0.1}}, if_match="*", source="test")
+    assert ledger.current.version == 1
+
+
+def test_a_resumed_ledger_goes_on() -> None:
+    before = Bench()
+    before.patch({"objective": {"beta": 0.1}})
+    same = Bench({"objective": {"beta": 0.1}}, step=30, history=before.ledger.history())
+    assert same.ledger.history() == before.ledger.history()
+    other = Bench({"objective": {"beta": 0.2}}, step=30, history=before.ledger.history())
+    added = other.ledger.history()[2:]
+    assert [(version.version, version.effective_step, version.source, version.changed) for version in added] == [
+        (3, 31, "resume", {"objective.beta": (0.1, 0.2)})
+    ]
+    assert other.changes == []
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["objective", "divergence", "beta", "name", "run", "max_steps", "dir", "x"]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(json_values)
+def test_any_json_is_a_version_or_one_of_the_announced_errors(patch: Any) -> None:
+    bench = Bench()
+    with suppress(InvalidConfig, FixedSetting):
+        bench.patch(patch)
+    assert bench.changes == list(bench.ledger.history()[1:])
+    config = bench.ledger.current.config
+    assert build_config(json.loads(json.dumps(config.model_dump(mode="json")))) == config
+
+
+def test_the_ledger_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, ftb_llm.config.ledger, ftb_llm.api.client; print(sorted({'torch', 'vllm', 'ray', 'transformers', 'fastapi', 'numpy'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout == "[]\n"
