@@ -1,0 +1,331 @@
+"""The controller: one asyncio loop that moves groups from generators to the learner and adapters back.
+
+    work list ─► generation workers ─► rewards ─► group buffer ─► training loop ─► newest adapter ─► delivery loops
+                 (groups_in_flight       (own       (bounded)      (one step       (broadcast)        (one per
+                  per generator)       processes)                   at a time)                        generator)
+
+Who waits for whom:
+- a generation worker waits for its generator to serve (unblocked by a good push) and for a place in the buffer
+  (unblocked by the training loop's lease);
+- the training loop waits for enough groups (unblocked by the workers; if every generator is dead it fails instead) and
+  for the learner's own calls;
+- a delivery loop waits for a newer adapter (unblocked by the training loop). The training loop never waits for it, and
+  generation goes on while it pushes.
+No two of them wait for each other, so there is no cycle to deadlock in.
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from ftb_llm.api import prometheus
+from ftb_llm.audit import logprob_differences, speed_around
+from ftb_llm.buffer import GroupBuffer
+from ftb_llm.config import Config
+from ftb_llm.config.ledger import ConfigLedger, ConfigVersion
+from ftb_llm.config.resolve import resolve_learning_rate, resolve_objective
+from ftb_llm.datasets import PromptOrder
+from ftb_llm.delivery import NewestAdapter, deliver, deliver_forever
+from ftb_llm.errors import FtbError, WrongState
+from ftb_llm.generation import Generation, WorkList, group_number
+from ftb_llm.journal import Journal
+from ftb_llm.metrics import step_row
+from ftb_llm.ports import GeneratorPort, LearnerPort, Progress, RewardPort
+from ftb_llm.run_dir import RunDir
+from ftb_llm.state import GeneratorPhase, GeneratorState, Phase, RunState
+from ftb_llm.status import run_status
+from ftb_llm.types import ScoredGroup, StepRequest
+
+_DRAIN_SECONDS = 10.0  # how long a stop waits for groups that are being generated
+
+
+class Controller:
+    """One run, from started collaborators to its last checkpoint. The control plane talks to this object."""
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        config_history: Sequence[ConfigVersion],
+        run_dir: RunDir,
+        journal: Journal,
+        prompts: PromptOrder,
+        generators: Sequence[GeneratorPort],
+        learner: LearnerPort,
+        rewards: RewardPort,
+        progress: Progress,
+    ) -> None:
+        self._run_dir = run_dir
+        self._journal = journal
+        self._learner = learner
+        self._progress = progress
+        self._ports = {port.name: port for port in generators}
+        self.state = RunState(name=run_dir.path.name, run_dir=str(run_dir.path), generators=[GeneratorState(name=port.name) for port in generators])
+        self.ledger = ConfigLedger(config, next_step=lambda: self.state.started_step + 1, on_change=self._record_config, history=config_history)
+        for version in self.ledger.history()[len(config_history) :]:
+            journal.add_config(version)
+        self.buffer = GroupBuffer(capacity=config.buffer.capacity_groups, journal=journal)
+        self._newest = NewestAdapter()
+        self._generation = Generation(
+            config=self._config,
+            work=WorkList([group_number(identifier) for identifier in journal.group_ids()]),
+            prompts=prompts,
+            buffer=self.buffer,
+            rewards=rewards,
+            emit=self.emit,
+        )
+        self._stop = asyncio.Event()
+        self._all_dead = asyncio.Event()
+        self._checkpoint_wanted = False
+        self._published = False
+        self._last_step_end = time.monotonic()
+        self.facts: dict[str, Any] = {}  # measured once per run, for summary.json
+
+    # -- what the control plane and the command line see
+
+    def status(self) -> dict[str, Any]:
+        return run_status(self.state, self.ledger.current, self.buffer)
+
+    def metrics_text(self) -> bytes:
+        return prometheus.render(self.status(), self.state.last_row)
+
+    def not_ready_cause(self) -> str | None:
+        """Why nothing moves, or None."""
+        if self.state.phase is not Phase.TRAINING:
+            return f"the run is {self.state.phase.value}"
+        idle_seconds = time.monotonic() - self.state.last_progress
+        if idle_seconds < 120:
+            return None
+        serving = [generator.name for generator in self.state.generators if generator.phase is GeneratorPhase.SERVING]
+        waits_for = "the learner's step" if self.buffer.depth >= self._config().learner.groups_per_step else "groups"
+        return f"no step for {idle_seconds:.0f} s; waiting for {waits_for}; serving generators: {', '.join(serving) or 'none'}"
+
+    def request_stop(self, source: str) -> None:
+        if self.state.phase not in (Phase.STARTING, Phase.TRAINING):
+            raise WrongState(f"the run is already {self.state.phase.value}")
+        self.emit("stop_requested", f"stop requested by {source}; the step under way is finished first", source=source)
+        self.state.phase = Phase.STOPPING
+        self._stop.set()
+
+    def request_checkpoint(self, source: str) -> dict[str, Any]:
+        if self.state.phase is not Phase.TRAINING:
+            raise WrongState(f"the run is {self.state.phase.value}; a checkpoint can be asked for while it trains")
+        self._checkpoint_wanted = True
+        return {"after_step": max(self.state.step, self.state.started_step)}
+
+    def emit(self, kind: str, message: str, **details: Any) -> None:
+        """Write an event down and show those that a person should see."""
+        self._run_dir.append_event(kind, message, step=self.state.step, **details)
+        if kind in ("push_failed", "actor_out", "rejected", "warning"):
+            self.state.last_error = message
+        if kind != "push":
+            self._progress.line(f"{kind}: {message}")
+
+    # -- the run
+
+    async def run(self, resume_from: str | None) -> None:
+        """Start, train, and close; afterwards `state.phase` says how it ended."""
+        try:
+            await self._start(resume_from)
+            await self._train()
+            await self._close()
+        except BaseException as caught:  # noqa: BLE001 - recorded, then raised again
+            error = root_cause(caught)
+            self.state.phase = Phase.FAILED
+            self.state.last_error = str(error) or type(error).__name__
+            self.emit("finished", f"the run failed at step {self.state.step}: {self.state.last_error}")
+            raise error from None
+
+    async def _start(self, resume_from: str | None) -> None:
+        await asyncio.gather(self._learner.start(), *(port.start() for port in self._ports.values()))
+        if resume_from is not None:
+            step = await self._learner.load_checkpoint(resume_from)
+            self.state.step = self.state.started_step = step
+            self._run_dir.forget_metrics_after(step)
+        await self._publish()
+        self.facts |= await speed_around(list(self._ports.values()), self._push_to_all)
+        if resume_from is None:
+            await self._evaluate_start()
+        if not self._stop.is_set():
+            self.state.phase = Phase.TRAINING
+        self.emit("started", f"training from step {self.state.step} to {self._config().run.max_steps}", resumed=resume_from is not None)
+
+    async def _train(self) -> None:
+        """Run the loops of the flow until the training loop ends; the first one that breaks ends them all."""
+        self._last_step_end = self.state.last_progress = time.monotonic()
+        async with asyncio.TaskGroup() as tasks:
+            workers = [
+                tasks.create_task(self._generation.work_forever(self._ports[state.name], state))
+                for state in self.state.generators
+                for _ in range(self._config().actors.groups_in_flight)
+            ]
+            others = [
+                tasks.create_task(deliver_forever(self._ports[state.name], state, self._newest, self._config, self.emit)) for state in self.state.generators
+            ]
+            others.append(tasks.create_task(self._watch_generators(workers)))
+            await self._train_steps()
+            await self._generation.drain(_DRAIN_SECONDS)
+            for task in [*workers, *others]:
+                task.cancel()
+
+    async def _train_steps(self) -> None:
+        while self.state.step < self._config().run.max_steps and not self._stop.is_set():
+            step = self.state.step + 1
+            groups = await self._lease(step)
+            if groups is None:
+                return
+            await self._step(step, groups)
+
+    async def _lease(self, step: int) -> list[ScoredGroup] | None:
+        """The step's groups; None when the run is stopped first."""
+        config = self._config()
+        lease = asyncio.ensure_future(self.buffer.lease(config.learner.groups_per_step, step=step, max_staleness_steps=config.staleness.max_steps))
+        stop = asyncio.ensure_future(self._stop.wait())
+        dead = asyncio.ensure_future(self._all_dead.wait())
+        try:
+            await asyncio.wait({lease, stop, dead}, return_when=asyncio.FIRST_COMPLETED)
+            if lease.done():
+                return lease.result()
+            if stop.done():
+                return None
+            raise FtbError("every generator is dead: " + "; ".join(f"{state.name}: {state.last_error}" for state in self.state.generators))
+        finally:
+            for waiting in (lease, stop, dead):
+                waiting.cancel()
+
+    async def _step(self, step: int, groups: list[ScoredGroup]) -> None:
+        leased_at = time.monotonic()
+        self.state.started_step = step
+        version = self.ledger.at_step(step)
+        request = StepRequest(
+            step=step,
+            config_version=version.version,
+            objective=resolve_objective(version.config.objective, step),
+            learning_rate=resolve_learning_rate(version.config, step),
+            max_grad_norm=version.config.learner.max_grad_norm,
+            groups=tuple(groups),
+        )
+        try:
+            report = await self._learner.step(request)
+        except BaseException:
+            self.buffer.give_back(groups)
+            raise
+        learned_at = time.monotonic()
+        self.buffer.settle(groups, step=step)
+        self.state.learn_throughput.add(sum(scored.group.token_count for scored in groups))
+        timings = {
+            "perf/generate_tokens_per_second": sum(generator.throughput.per_second() for generator in self.state.generators),
+            "perf/learn_tokens_per_second": self.state.learn_throughput.per_second(),
+            "perf/queue_groups": float(self.buffer.depth),
+            "time/learner_wait_seconds": leased_at - self._last_step_end,
+            "time/generator_wait_seconds": self._generation.take_wait_seconds(),
+            "time/learn_seconds": learned_at - leased_at,
+        }
+        row = step_row(
+            now=time.time(),
+            config_version=version.version,
+            policy_version=self.state.policy_version,
+            objective=request.objective,
+            groups=groups,
+            report=report,
+            timings=timings,
+        )
+        self.state.step = step
+        row |= await self._after_step(version.config, step)
+        now = time.monotonic()
+        row["time/step_seconds"], self._last_step_end = now - self._last_step_end, now
+        self._run_dir.append_metrics(row)
+        self.state.finish_step(step, row)
+        self._progress.update(self.status())
+
+    async def _after_step(self, config: Config, step: int) -> dict[str, Any]:
+        """What is due at this step's end. Returns the metrics that it adds to the step's row."""
+        last = step >= config.run.max_steps
+        if last or step % config.actors.push_every_steps == 0:
+            await self._publish()
+        if self._checkpoint_wanted or step % config.checkpoint.every_steps == 0:
+            await self._checkpoint()
+        if last or step % config.eval.every_steps == 0:
+            return await self._evaluate()
+        return {}
+
+    async def _publish(self) -> None:
+        """Publish the adapter as it is now; the delivery loops take it from here."""
+        if self.state.policy_version == self.state.step and self._published:
+            return
+        adapter, payload = await self._learner.publish(self.state.step)
+        self.state.policy_version = adapter.version
+        self._published = True
+        await self._newest.publish(adapter, payload)
+
+    async def _push_to_all(self) -> None:
+        """Bring every living generator to the newest adapter; those that can't get there are out."""
+        adapter, payload = await self._newest.newer_than(-1)
+        behind = [state for state in self.state.generators if state.version < adapter.version and state.phase is not GeneratorPhase.DEAD]
+        timeout_seconds = self._config().actors.push_timeout_seconds
+        await asyncio.gather(*(deliver(self._ports[state.name], state, adapter, payload, timeout_seconds=timeout_seconds, emit=self.emit) for state in behind))
+
+    async def _checkpoint(self) -> None:
+        self._checkpoint_wanted = False
+        path = await self._learner.save_checkpoint(self.state.step)
+        self.emit("checkpoint", f"checkpoint of step {self.state.step} in {path}", path=path)
+
+    async def _evaluate(self) -> dict[str, Any]:
+        """Metrics of the exact oracle; empty where the task has none. The policy itself goes to eval/, for the heat maps."""
+        report = await self._learner.evaluate(self.state.step, self._config().objective.beta)
+        if report is None:
+            return {}
+        self._run_dir.write_json("eval/first.json" if report.step == 0 else "eval/last.json", asdict(report))
+        return report.metrics
+
+    async def _evaluate_start(self) -> None:
+        metrics = await self._evaluate()
+        row = {"step": 0, "time": time.time(), "config_version": self.ledger.current.version, "policy_version": 0, **metrics}
+        self._run_dir.append_metrics(row)
+        self.state.finish_step(0, row)
+
+    async def _close(self) -> None:
+        """A run that went to its end is audited; every run is saved."""
+        stopped = self._stop.is_set()
+        if not stopped:
+            self.state.phase = Phase.STOPPING
+            await self._push_to_all()
+            serving = [self._ports[state.name] for state in self.state.generators if state.phase is GeneratorPhase.SERVING]
+            requests = [self._generation.request(number) for number in range(self._config().eval.audit_groups)]
+            self.facts |= await logprob_differences(serving, self._learner, requests)
+        await self._checkpoint()
+        self.state.phase = Phase.STOPPED if stopped else Phase.FINISHED
+        self.emit("finished", f"the run {'was stopped' if stopped else 'finished'} at step {self.state.step}")
+        self._progress.update(self.status())
+
+    # -- inside
+
+    def _config(self) -> Config:
+        return self.ledger.current.config
+
+    def _record_config(self, version: ConfigVersion) -> None:
+        changes = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in version.changed.items())
+        self.emit(
+            "config_change",
+            f"config version {version.version} from step {version.effective_step} on ({version.source}): {changes}",
+            version=version.version,
+            effective_step=version.effective_step,
+            source=version.source,
+            changed={key: list(values) for key, values in version.changed.items()},
+        )
+        self._journal.add_config(version)
+        self._run_dir.write_json("config.json", version.config.model_dump(mode="json"))
+
+    async def _watch_generators(self, workers: Sequence[asyncio.Task[None]]) -> None:
+        """Workers end only when their generator is dead; when all have, the training loop must not wait for groups."""
+        await asyncio.wait(workers)
+        self._all_dead.set()
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The first error inside a task group's bundle: what broke, the others were only cancelled for it."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

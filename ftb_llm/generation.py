@@ -1,0 +1,138 @@
+"""Prompts to scored groups: a few workers per generator keep its engine busy.
+
+Consumes: group numbers from the work list. Produces: scored or rejected groups in the buffer.
+Waits for: the generator to serve, then a free place in the buffer. Unblocked by: a good push, the learner's lease.
+Never waits for the learner otherwise.
+"""
+
+import asyncio
+import contextlib
+import heapq
+import time
+from collections.abc import Callable, Collection
+
+from ftb_llm.buffer import GroupBuffer
+from ftb_llm.config import Config
+from ftb_llm.datasets import PromptOrder
+from ftb_llm.delivery import Emit
+from ftb_llm.errors import NotServing, RewardError
+from ftb_llm.ports import GeneratorPort, RewardPort
+from ftb_llm.state import GeneratorPhase, GeneratorState
+from ftb_llm.types import Group, GroupRequest, SamplingSpec, ScoredGroup
+
+
+_REFUSED_SECONDS = 0.05
+
+
+class WorkList:
+    """Numbers of the groups to generate. A number that came to nothing is handed out again, so no prompt is skipped."""
+
+    def __init__(self, done: Collection[int] = ()) -> None:
+        self._next = max(done, default=-1) + 1
+        self._returned = sorted(set(range(self._next)) - set(done))
+
+    def take(self) -> int:
+        if self._returned:
+            return heapq.heappop(self._returned)
+        self._next += 1
+        return self._next - 1
+
+    def put_back(self, number: int) -> None:
+        heapq.heappush(self._returned, number)
+
+
+def group_id(number: int) -> str:
+    return f"g{number:09d}"
+
+
+def group_number(identifier: str) -> int:
+    return int(identifier.removeprefix("g"))
+
+
+class Generation:
+    """Everything that the workers of all generators share."""
+
+    def __init__(self, *, config: Callable[[], Config], work: WorkList, prompts: PromptOrder, buffer: GroupBuffer, rewards: RewardPort, emit: Emit) -> None:
+        self._config = config
+        self._work = work
+        self._prompts = prompts
+        self._buffer = buffer
+        self._rewards = rewards
+        self._emit = emit
+        self._draining = False
+        self._busy = 0
+        self._idle = asyncio.Event()
+        self._wait_seconds = 0.0
+
+    def take_wait_seconds(self) -> float:
+        """Seconds that workers waited for a place in the buffer, all of them together, since the last call."""
+        seconds, self._wait_seconds = self._wait_seconds, 0.0
+        return seconds
+
+    async def drain(self, timeout_seconds: float) -> None:
+        """Start no further group, and give those under way some time to land in the buffer."""
+        self._draining = True
+        if self._busy:
+            self._idle.clear()
+            with contextlib.suppress(TimeoutError):  # what is late is cancelled by the caller and generated again on resume
+                async with asyncio.timeout(timeout_seconds):
+                    await self._idle.wait()
+
+    async def work_forever(self, port: GeneratorPort, state: GeneratorState) -> None:
+        """One worker: one group after the other until its generator dies or the run drains."""
+        while state.phase is not GeneratorPhase.DEAD:
+            await state.serving.wait()
+            waiting_since = time.monotonic()
+            await self._buffer.reserve()
+            self._wait_seconds += time.monotonic() - waiting_since
+            if self._draining:
+                return await self._buffer.release()
+            self._busy += 1
+            try:
+                await self._one_group(port, state)
+            finally:
+                self._busy -= 1
+                if self._busy == 0:
+                    self._idle.set()
+
+    def request(self, number: int) -> GroupRequest:
+        """The group with that number; the same number always asks for the same prompt with the same seed."""
+        config = self._config()
+        sampling = config.sampling
+        return GroupRequest(
+            group_id=group_id(number),
+            prompt=self._prompts[number],
+            sampling=SamplingSpec(group_size=sampling.group_size, temperature=sampling.temperature, top_p=sampling.top_p, max_tokens=sampling.max_tokens),
+            seed=(config.run.seed * 1_000_003 + number) % 2**31,
+        )
+
+    async def _one_group(self, port: GeneratorPort, state: GeneratorState) -> None:
+        number = self._work.take()
+        group = await self._generate(port, state, number)
+        if group is None:
+            self._work.put_back(number)
+            return await self._buffer.release()
+        try:
+            rewards = await self._rewards.score(group)
+        except RewardError as error:
+            await self._buffer.reject(group, error.reason)
+            self._emit("rejected", f"group {group.id} rejected, {error}", reason=error.reason, group=group.id)
+            return
+        await self._buffer.put(ScoredGroup(group=group, rewards=rewards))
+
+    async def _generate(self, port: GeneratorPort, state: GeneratorState, number: int) -> Group | None:
+        state.groups_in_flight += 1
+        try:
+            group = await port.generate(self.request(number))
+        except NotServing:
+            await asyncio.sleep(_REFUSED_SECONDS)  # the push report that explains it is on its way to the delivery loop
+            return None
+        except Exception as error:  # noqa: BLE001 - the supervisor's boundary: an engine or actor that broke is dead, the others go on
+            if state.phase is not GeneratorPhase.DEAD:
+                self._emit("actor_out", f"{state.name} died: {error}", generator=state.name)
+            state.enter(GeneratorPhase.DEAD, str(error))
+            return None
+        finally:
+            state.groups_in_flight -= 1
+        state.throughput.add(group.token_count)
+        return group

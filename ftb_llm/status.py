@@ -1,0 +1,54 @@
+"""`GET /v1/status` as a plain dict: what the API serves, the progress panel draws and Prometheus is given."""
+
+from typing import Any
+
+from ftb_llm.buffer import GroupBuffer
+from ftb_llm.config.ledger import ConfigVersion
+from ftb_llm.config.resolve import resolve_objective
+from ftb_llm.state import RunState
+
+
+def run_status(state: RunState, version: ConfigVersion, buffer: GroupBuffer) -> dict[str, Any]:
+    row = state.last_row
+    objective = resolve_objective(version.config.objective, state.started_step + 1)
+    steps_per_second = 1 / row["time/step_seconds"] if row.get("time/step_seconds") else 0.0
+    return {
+        "run": state.name,
+        "run_dir": state.run_dir,
+        "url": state.url,
+        "state": state.phase.value,
+        "step": state.step,
+        "max_steps": version.config.run.max_steps,
+        "policy_version": state.policy_version,
+        "config_version": version.version,
+        "objective": {
+            "kind": objective.kind,
+            "divergence": objective.divergence,
+            "alpha": objective.alpha,
+            "beta": objective.beta,
+            "tempered": objective.tempered,
+        },
+        "actors": [generator.as_dict() for generator in state.generators],
+        "buffer": {"groups": buffer.depth, "capacity": buffer.capacity},
+        "staleness": {
+            "mean": row.get("off_policy/staleness_mean"),
+            "max": row.get("off_policy/staleness_max"),
+            "min": row.get("off_policy/staleness_min"),
+            "limit": version.config.staleness.max_steps,
+        },
+        "throughput": {
+            "generate_tokens_per_second": sum(generator.throughput.per_second() for generator in state.generators),
+            "learn_tokens_per_second": state.learn_throughput.per_second(),
+            "steps_per_second": steps_per_second,
+        },
+        "divergences": below(row, "divergence/"),
+        "reward": below(row, "reward/"),
+        "eval": below(state.last_eval, "eval/"),
+        "accounting": buffer.accounting.as_dict(),
+        "last_error": state.last_error,
+    }
+
+
+def below(row: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The metrics of one concern, without its name."""
+    return {name.removeprefix(prefix): value for name, value in row.items() if name.startswith(prefix)}

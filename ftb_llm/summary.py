@@ -1,0 +1,61 @@
+"""`summary.json`: the run in numbers, each of them derived from what the run wrote down."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from ftb_llm.config import Config
+from ftb_llm.machine import core_count
+from ftb_llm.run_dir import RunDir
+
+_REWARD_WINDOW_STEPS = 10  # sampled rewards are noisy: without an oracle, start and end are means over this many steps
+
+
+def summarise(run_dir: RunDir, config: Config, *, state: str, accounting: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """Everything that `summary.json` holds; None where this run has no such number."""
+    rows = list(run_dir.metrics())
+    events = list(run_dir.events())
+    steps = [row for row in rows if row["step"] > 0]
+    evaluated = [row for row in rows if "eval/exact_tv" in row]
+    first, last = (evaluated[0], evaluated[-1]) if evaluated else ({}, {})
+    pushes = [event for event in events if event["kind"] == "push"]
+    return {
+        "run": run_dir.path.name,
+        "state": state,
+        "task": config.data.path.removeprefix("builtin:"),
+        "divergence": config.objective.divergence.name,
+        "cores": core_count(),
+        "steps": steps[-1]["step"] if steps else 0,
+        "exact_tv_start": first.get("eval/exact_tv"),
+        "exact_tv_end": last.get("eval/exact_tv"),
+        "reward_start": first.get("eval/reward", _mean(steps[:_REWARD_WINDOW_STEPS], "reward/mean")),
+        "reward_end": last.get("eval/reward", _mean(steps[-_REWARD_WINDOW_STEPS:], "reward/mean")),
+        "target_reward": last.get("eval/target_reward"),
+        "modes_found": last.get("eval/modes_found"),
+        "modes_total": last.get("eval/modes_total"),
+        "train_seconds": sum(row["time/step_seconds"] for row in steps),
+        "mean_staleness_steps": _mean(steps, "off_policy/staleness_mean"),
+        "generate_tokens_per_second": _mean(steps, "perf/generate_tokens_per_second"),
+        "learn_tokens_per_second": _mean(steps, "perf/learn_tokens_per_second"),
+        "pushes": len(pushes),
+        "pushes_failed": sum(event["kind"] == "push_failed" for event in events),
+        "push_pause_ms_p50": statistics.median(event["pause_ms"] for event in pushes) if pushes else None,
+        "push_pause_ms_max": max((event["pause_ms"] for event in pushes), default=None),
+        "push_bytes": pushes[-1]["byte_count"] if pushes else None,
+        "canary_max_abs_diff": max((abs(event["canary_engine"] - event["canary_learner"]) for event in pushes), default=None),
+        "speed_before_push": None,
+        "speed_after_push": None,
+        "speed_after_push_ratio": None,
+        "logprob_max_abs_diff": None,
+        "logprob_mean_abs_diff": None,
+        "logprob_compared": None,
+        "peak_rss_gib": None,
+        "total_seconds": None,
+        **facts,
+        "config_versions": 1 + sum(event["kind"] == "config_change" for event in events),
+        "accounting": accounting,
+    }
+
+
+def _mean(rows: Sequence[dict[str, Any]], name: str) -> float | None:
+    return statistics.fmean(row[name] for row in rows) if rows else None

@@ -1,0 +1,190 @@
+import asyncio
+
+import pytest
+
+from ftb_llm.config import build_config
+from ftb_llm.controller import Controller
+from ftb_llm.datasets import PromptOrder
+from ftb_llm.errors import FtbError, WrongState
+from ftb_llm.journal import Journal
+from ftb_llm.run_dir import RunDir
+from ftb_llm.state import GeneratorPhase, Phase
+from tests.fakes import FakeGenerator, FakeLearner, FakeProgress, FakeRewards, make_prompt
+
+SETTINGS = {
+    "run": {"max_steps": 6},
+    "sampling": {"group_size": 2},
+    "actors": {"groups_in_flight": 2, "push_every_steps": 2, "push_retry_seconds": 0.001},
+    "buffer": {"capacity_groups": 4},
+    "learner": {"groups_per_step": 2, "warmup_steps": 1},
+    "eval": {"every_steps": 3},
+    "checkpoint": {"every_steps": 4},
+}
+
+
+class Run:
+    """A controller over fakes, in a folder of its own."""
+
+    def __init__(self, path, *, settings=SETTINGS, generators=None, learner=None, rewards=None, fresh=True):
+        self.run_dir = RunDir.create(path) if fresh else RunDir(path)
+        self.journal = Journal(path / "run.db")
+        self.generators = generators or [FakeGenerator()]
+        self.learner = learner or FakeLearner()
+        self.progress = FakeProgress()
+        config = build_config(settings)
+        self.controller = Controller(
+            config=config,
+            config_history=self.journal.configs(),
+            run_dir=self.run_dir,
+            journal=self.journal,
+            prompts=PromptOrder([make_prompt(index) for index in range(5)], seed=0, shuffle=True),
+            generators=self.generators,
+            learner=self.learner,
+            rewards=rewards or FakeRewards(),
+            progress=self.progress,
+        )
+
+    async def to_end(self, resume_from=None):
+        async with asyncio.timeout(20):
+            await self.controller.run(resume_from)
+        return self
+
+    def events(self, kind):
+        return [event for event in self.run_dir.events() if event["kind"] == kind]
+
+
+async def test_a_run_goes_to_its_last_step_and_keeps_its_books(tmp_path):
+    run = await Run(tmp_path / "run").to_end()
+    controller = run.controller
+    assert controller.state.phase is Phase.FINISHED
+    assert [request.step for request in run.learner.requests] == [1, 2, 3, 4, 5, 6]
+    rows = list(run.run_dir.metrics())
+    assert [row["step"] for row in rows] == list(range(7))
+    assert [row["step"] for row in rows if "eval/exact_tv" in row] == [0, 3, 6]
+    assert run.learner.published == [0, 2, 4, 6]
+    assert run.learner.checkpoints == [4, 6]
+    accounts = controller.status()["accounting"]
+    assert accounts["trained"] == 12 and accounts["leased"] == 0
+    assert accounts["generated"] == sum(accounts[state] for state in ("trained", "dropped_stale", "rejected", "buffered", "leased"))
+    assert controller.facts["logprob_max_abs_diff"] == 0.25
+    assert controller.facts["speed_after_push_ratio"] == 1.0
+
+
+async def test_every_group_is_a_different_one_of_the_prompt_order(tmp_path):
+    run = await Run(tmp_path / "run").to_end()
+    trained = [scored.group.id for request in run.learner.requests for scored in request.groups]
+    assert len(set(trained)) == 12
+    order = PromptOrder([make_prompt(index) for index in range(5)], seed=0, shuffle=True)
+    for request in run.learner.requests:
+        for scored in request.groups:
+            assert scored.group.prompt == order[int(scored.group.id[1:])]
+
+
+async def test_staleness_is_counted_from_the_version_of_the_tokens(tmp_path):
+    run = await Run(tmp_path / "run").to_end()
+    for row, request in zip([row for row in run.run_dir.metrics() if row["step"] > 0], run.learner.requests, strict=True):
+        ages = [request.step - 1 - scored.group.min_version for scored in request.groups]
+        assert row["off_policy/staleness_max"] == max(ages)
+        assert sum(row["staleness_counts"].values()) == 2
+
+
+async def test_a_patch_takes_effect_at_the_announced_step(tmp_path):
+    announced = []
+
+    def patch_during_step_3(request):
+        if request.step == 3:
+            patch = {"objective": {"divergence": {"name": "hellinger"}}}
+            announced.append(run.controller.ledger.patch(patch, if_match="*", source="test").effective_step)
+
+    run = Run(tmp_path / "run", learner=FakeLearner(patch_during_step_3))
+    await run.to_end()
+    assert announced == [4]
+    assert [request.objective.divergence for request in run.learner.requests] == ["reverse_kl"] * 3 + ["hellinger"] * 3
+    assert [row["objective"]["divergence"] for row in run.run_dir.metrics() if row["step"] > 0] == ["reverse_kl"] * 3 + ["hellinger"] * 3
+    (event,) = run.events("config_change")
+    assert event["effective_step"] == 4 and event["changed"] == {"objective.divergence.name": ["reverse_kl", "hellinger"]}
+    assert run.run_dir.read_json("config.json")["objective"]["divergence"]["name"] == "hellinger"
+    assert [version.version for version in run.journal.configs()] == [1, 2]
+
+
+async def test_a_rejected_group_is_counted_and_the_run_goes_on(tmp_path):
+    run = await Run(tmp_path / "run", rewards=FakeRewards(bad={1, 4})).to_end()
+    accounts = run.controller.status()["accounting"]
+    assert accounts["rejected"] == 2 and accounts["reasons"] == {"raised": 2} and accounts["trained"] == 12
+    assert len(run.events("rejected")) == 2
+
+
+async def test_a_stop_ends_the_run_after_its_step_with_a_checkpoint(tmp_path):
+    run = Run(tmp_path / "run", learner=FakeLearner(lambda request: request.step == 3 and run.controller.request_stop("test")))
+    await run.to_end()
+    assert run.controller.state.phase is Phase.STOPPED
+    assert run.controller.state.step == 3
+    assert run.learner.checkpoints == [3]
+    with pytest.raises(WrongState, match="already stopped"):
+        run.controller.request_stop("test")
+
+
+async def test_a_stop_while_starting_still_leaves_a_checkpoint(tmp_path):
+    run = Run(tmp_path / "run")
+    run.controller.request_stop("test")
+    await run.to_end()
+    assert run.controller.state.phase is Phase.STOPPED and run.learner.checkpoints == [0] and run.learner.requests == []
+
+
+async def test_a_checkpoint_on_request_comes_at_the_next_boundary(tmp_path):
+    run = Run(tmp_path / "run", learner=FakeLearner(lambda request: request.step == 2 and run.controller.request_checkpoint("test")))
+    await run.to_end()
+    assert run.learner.checkpoints == [2, 4, 6]
+
+
+async def test_a_resumed_run_goes_on_where_the_checkpoint_was(tmp_path):
+    first = Run(tmp_path / "run", learner=FakeLearner(lambda request: request.step == 3 and first.controller.request_stop("test")))
+    await first.to_end()
+    generated = set(first.journal.group_ids())
+    first.journal.close()
+
+    second = await Run(tmp_path / "run", fresh=False).to_end("checkpoints/step_000003")
+    assert [request.step for request in second.learner.requests] == [4, 5, 6]
+    assert [row["step"] for row in second.run_dir.metrics()] == list(range(7))
+    trained_before = {scored.group.id for request in first.learner.requests for scored in request.groups}
+    trained_after = {scored.group.id for request in second.learner.requests for scored in request.groups}
+    assert not trained_before & trained_after
+    assert generated - trained_before <= trained_after, "groups left in the buffer are trained first"
+    numbers = sorted(int(identifier[1:]) for identifier in second.journal.group_ids())
+    assert numbers == list(range(len(numbers))), "no group number, hence no prompt, is skipped"
+
+
+async def test_one_dead_generator_leaves_the_others_working(tmp_path):
+    run = await Run(tmp_path / "run", generators=[FakeGenerator("generator-0", dies_after=1), FakeGenerator("generator-1")]).to_end()
+    assert run.controller.state.phase is Phase.FINISHED
+    assert [state.phase for state in run.controller.state.generators] == [GeneratorPhase.DEAD, GeneratorPhase.SERVING]
+    assert run.events("actor_out")[0]["message"] == "generator-0 died: engine died"
+
+
+async def test_when_every_generator_is_dead_the_run_fails_instead_of_waiting(tmp_path):
+    run = Run(tmp_path / "run", generators=[FakeGenerator(dies_after=1)])
+    with pytest.raises(FtbError, match="every generator is dead: generator-0: engine died"):
+        await run.to_end()
+    assert run.controller.state.phase is Phase.FAILED
+    assert "every generator is dead" in run.controller.state.last_error
+
+
+async def test_a_step_that_fails_gives_its_groups_back(tmp_path):
+    def fail(request):
+        raise FtbError("gradient is not finite at step 1")
+
+    run = Run(tmp_path / "run", learner=FakeLearner(fail))
+    with pytest.raises(FtbError, match="not finite"):
+        await run.to_end()
+    accounts = run.controller.status()["accounting"]
+    assert accounts["leased"] == 0 and accounts["trained"] == 0 and accounts["buffered"] >= 2
+    assert accounts == run.journal.accounting().as_dict()
+
+
+async def test_readiness_names_what_it_waits_for(tmp_path):
+    run = Run(tmp_path / "run")
+    assert run.controller.not_ready_cause() == "the run is starting"
+    run.controller.state.phase = Phase.TRAINING
+    assert run.controller.not_ready_cause() is None
+    run.controller.state.last_progress -= 200
+    assert "waiting for groups; serving generators: none" in run.controller.not_ready_cause()

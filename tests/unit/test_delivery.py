@@ -1,0 +1,79 @@
+import asyncio
+
+from ftb_llm.config import build_config
+from ftb_llm.delivery import NewestAdapter, deliver, deliver_forever
+from ftb_llm.state import GeneratorPhase, GeneratorState
+from tests.fakes import FakeGenerator, make_adapter
+
+
+class Events:
+    def __init__(self) -> None:
+        self.kinds: list[str] = []
+        self.messages: list[str] = []
+
+    def __call__(self, kind: str, message: str, **details: object) -> None:
+        self.kinds.append(kind)
+        self.messages.append(message)
+
+
+async def until(condition):
+    """Let the loop run until the condition holds, within a bound."""
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110 - the condition is somebody else's state
+            await asyncio.sleep(0.001)
+
+
+async def test_readers_that_fall_behind_get_the_newest_only():
+    newest = NewestAdapter()
+    await newest.publish(make_adapter(0), b"0")
+    waiting = asyncio.ensure_future(newest.newer_than(0))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    await newest.publish(make_adapter(4), b"4")
+    await newest.publish(make_adapter(8), b"8")
+    adapter, payload = await asyncio.wait_for(newest.newer_than(0), 1)
+    assert (adapter.version, payload) == (8, b"8")
+    assert (await waiting)[0].version == 8
+
+
+async def test_a_good_push_puts_the_generator_into_service():
+    state, events = GeneratorState(name="generator-0"), Events()
+    report = await deliver(FakeGenerator(), state, make_adapter(3), b"", timeout_seconds=1, emit=events)
+    assert report is not None and report.ok
+    assert (state.phase, state.version, state.serving.is_set()) == (GeneratorPhase.SERVING, 3, True)
+    assert events.kinds == ["push"]
+
+
+async def test_a_failed_canary_takes_the_generator_out_until_a_push_succeeds():
+    port, state, events, newest = FakeGenerator(bad_pushes=2), GeneratorState(name="generator-0"), Events(), NewestAdapter()
+    config = build_config({"actors": {"push_retry_seconds": 0.001}})
+    await newest.publish(make_adapter(4), b"")
+    loop = asyncio.ensure_future(deliver_forever(port, state, newest, lambda: config, events))
+    await until(lambda: state.phase is GeneratorPhase.OUT)
+    assert not state.serving.is_set()
+    assert "base model" in state.last_error
+    await until(lambda: state.phase is GeneratorPhase.SERVING)
+    loop.cancel()
+    assert port.pushed == [4, 4, 4]
+    assert events.kinds == ["push_failed", "actor_out", "push_failed", "push", "actor_back"]
+
+
+async def test_a_push_that_hangs_is_given_up_and_named():
+    class Hanging(FakeGenerator):
+        async def push(self, adapter, payload):
+            await asyncio.Event().wait()
+
+    state, events = GeneratorState(name="generator-0"), Events()
+    assert await deliver(Hanging(), state, make_adapter(1), b"", timeout_seconds=0.01, emit=events) is None
+    assert state.phase is GeneratorPhase.OUT
+    assert "actors.push_timeout_seconds = 0.01" in events.messages[0]
+
+
+async def test_a_push_that_raises_is_named_and_tried_again():
+    class Broken(FakeGenerator):
+        async def push(self, adapter, payload):
+            raise RuntimeError("no such engine")
+
+    state, events = GeneratorState(name="generator-0"), Events()
+    assert await deliver(Broken(), state, make_adapter(1), b"", timeout_seconds=1, emit=events) is None
+    assert events.kinds == ["push_failed", "actor_out"] and "no such engine" in events.messages[0]
