@@ -114,7 +114,7 @@ class Sampling(Section):
     """How completions are sampled."""
 
     group_size: int = Fixed(32, "Completions per prompt (K).", ge=2, le=4096)
-    temperature: float = Live(1.0, "Sampling temperature; any value is unbiased.", gt=0, le=10)
+    temperature: float = Live(1.0, "Sampling temperature; any value is unbiased.", ge=0.01, le=2)
     top_p: float = Live(1.0, "Nucleus mass; any value is unbiased as long as the support stays full.", gt=0, le=1)
     max_tokens: int = Live(256, "Longest completion, in tokens.", ge=1)
 
@@ -157,6 +157,8 @@ class Learner(Section):
     learning_rate: float = Live(3e-3, "Peak learning rate of AdamW.", gt=0, le=1)
     warmup_steps: int = Live(10, "Steps of linear warm-up.", ge=0, lt=2**31)
     decay: Literal["constant", "linear", "cosine"] = Live("cosine", "Shape of the decay from the warm-up's end to run.max_steps.")
+    adam_beta1: float = Fixed(0.9, "Decay of AdamW's mean of gradients.", ge=0, lt=1)
+    adam_beta2: float = Fixed(0.95, "Decay of AdamW's mean of squared gradients; policy gradients change fast, so it forgets faster than 0.999.", ge=0, lt=1)
     weight_decay: float = Fixed(0.0, "AdamW weight decay.", ge=0)
     max_grad_norm: float = Live(1.0, "Gradient norm above which gradients are scaled down.", gt=0)
 

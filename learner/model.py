@@ -1,0 +1,139 @@
+"""The reference model with its LoRA adapter and its optimizer: the one object that holds trainable state.
+
+It goes through accelerate, which places it on its device and, with several processes, would wrap it for them.
+"""
+
+import math
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from ftb_llm.config import Config
+from ftb_llm.config.schema import Lora
+from ftb_llm.errors import CheckpointError, ConfigError, FtbError
+
+ALL_LINEAR = "all-linear"
+
+
+class AdaptedModel:
+    """Base model, adapter and AdamW. Always in eval mode: no dropout, so that learner and engine score alike."""
+
+    def __init__(self, config: Config, model_path: Path) -> None:
+        set_seed(config.run.seed)
+        base = load_base(config, model_path)
+        check_targets(base, config.model.lora)
+        peft_model = get_peft_model(base, lora_config(config.model.lora))
+        peft_model.eval()
+        optimizer = torch.optim.AdamW(
+            [parameter for parameter in peft_model.parameters() if parameter.requires_grad],
+            lr=config.learner.learning_rate,
+            betas=(config.learner.adam_beta1, config.learner.adam_beta2),
+            weight_decay=config.learner.weight_decay,
+            fused=True,
+        )
+        self.accelerator = Accelerator(cpu=config.learner.gpus == 0)
+        self.module, self.optimizer = self.accelerator.prepare(peft_model, optimizer)
+
+    @property
+    def peft_model(self) -> PeftModel:
+        return self.accelerator.unwrap_model(self.module)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.accelerator.device
+        return device
+
+    @property
+    def scale(self) -> float:
+        """Merged weight = base + scale * B A."""
+        lora = self.peft_model.peft_config["default"]
+        return float(lora.lora_alpha / (math.sqrt(lora.r) if lora.use_rslora else lora.r))
+
+    def as_reference(self) -> AbstractContextManager[None]:
+        """Within it, the model is the reference: the same weights without the adapter."""
+        context: AbstractContextManager[None] = self.peft_model.disable_adapter()
+        return context
+
+    def backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def update(self, *, step: int, learning_rate: float, max_grad_norm: float) -> float:
+        """Clip, take one AdamW step on the accumulated gradient, clear it. Returns the norm before clipping."""
+        norm = float(self.accelerator.clip_grad_norm_(self.module.parameters(), max_grad_norm))
+        if not math.isfinite(norm):
+            self.optimizer.zero_grad()
+            raise FtbError(f"step {step}: the gradient's norm is {norm}; the weights are those of step {step - 1}")
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """A copy of the adapter's tensors under PEFT's own names."""
+        state = get_peft_model_state_dict(self.peft_model, save_embedding_layers=False)
+        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+
+    def load_adapter_state(self, state: dict[str, Tensor]) -> None:
+        own = self.adapter_state()
+        if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in state.items()}:
+            raise CheckpointError("the adapter has other tensors than this run's model and model.lora make; it is of another run")
+        set_peft_model_state_dict(self.peft_model, state)
+
+    def parameter_counts(self) -> dict[str, int]:
+        trainable, total = self.peft_model.get_nb_trainable_parameters()
+        return {"parameters": total - trainable, "trainable_parameters": trainable}
+
+
+def load_base(config: Config, model_path: Path) -> PreTrainedModel:
+    transformers_logging.disable_progress_bar()
+    try:
+        return AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, config.model.dtype))
+    except (OSError, ValueError) as error:
+        raise ConfigError("model.path", f"{model_path} can't be loaded: {' '.join(str(error).split())}") from None
+
+
+def lora_config(lora: Lora) -> LoraConfig:
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,  # readers of the file expect an integer where it is one
+        use_rslora=lora.rslora,
+        target_modules=lora.targets,
+        lora_dropout=0.0,
+    )
+
+
+def check_targets(model: PreTrainedModel, lora: Lora) -> None:
+    """Each target must name linear layers that can be merged by weight; PEFT itself overlooks one wrong name among right ones."""
+    if lora.targets == ALL_LINEAR:
+        return
+    targets = [lora.targets] if isinstance(lora.targets, str) else lora.targets
+    modules = dict(model.named_modules())
+    linear = sorted({name.rpartition(".")[2] for name in linear_names(model)})
+    wanted = f"it should be {ALL_LINEAR}, or a list of names among {', '.join(linear)}"
+    if isinstance(lora.targets, str) or not targets:
+        raise ConfigError("model.lora.targets", f"{lora.targets!r} is wrong: {wanted}")
+    for target in targets:
+        matched = [module for name, module in modules.items() if name == target or name.endswith(f".{target}")]
+        if not matched:
+            raise ConfigError("model.lora.targets", f"{target!r} names no module of the model: {wanted}")
+        if not all(isinstance(module, nn.Linear) for module in matched):
+            raise ConfigError("model.lora.targets", f"{target!r} is not a linear layer: {wanted}")
+        if model.get_output_embeddings() in matched and model.config.tie_word_embeddings:
+            raise ConfigError("model.lora.targets", f"{target!r} shares its weight with the input embeddings and can't be adapted: {wanted}")
+
+
+def linear_names(model: PreTrainedModel) -> Iterable[str]:
+    """Every linear layer but the head."""
+    head: Any = model.get_output_embeddings()
+    return (name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head)

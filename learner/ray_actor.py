@@ -1,0 +1,50 @@
+"""The learner as a Ray actor: the plain class, nothing added."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from ftb_llm.config import Config
+from ftb_llm.types import AdapterRef, EvalReport, Group, Prompt, StepReport, StepRequest
+from learner.learner import Learner
+
+
+@ray.remote
+class LearnerActor:
+    """Loads on the first call, so that what goes wrong reaches the caller as itself and not as a dead actor."""
+
+    _loaded: Learner | None = None
+
+    def __init__(self, config: Config, *, model_path: Path, run_dir: Path, prompts: Sequence[Prompt], task_name: str | None) -> None:
+        self._config = config
+        self._inputs: dict[str, Any] = {"model_path": model_path, "run_dir": run_dir, "prompts": prompts, "task_name": task_name}
+
+    @property
+    def _learner(self) -> Learner:
+        if self._loaded is None:
+            self._loaded = Learner(self._config, **self._inputs)
+        return self._loaded
+
+    def step(self, request: StepRequest) -> StepReport:
+        return self._learner.step(request)
+
+    def publish(self, version: int) -> tuple[AdapterRef, bytes]:
+        """Call it with `num_returns=2`: the bytes then stay in the object store."""
+        return self._learner.publish(version)
+
+    def evaluate(self, step: int, beta: float) -> EvalReport | None:
+        return self._learner.evaluate(step, beta)
+
+    def logprobs(self, groups: Sequence[Group]) -> list[list[float]]:
+        return self._learner.logprobs(groups)
+
+    def save_checkpoint(self, step: int) -> str:
+        return self._learner.save_checkpoint(step)
+
+    def load_checkpoint(self, path: str) -> int:
+        return self._learner.load_checkpoint(path)
+
+    def info(self) -> dict[str, Any]:
+        return self._learner.info()

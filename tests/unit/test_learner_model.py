@@ -1,0 +1,120 @@
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ftb_llm.errors import CheckpointError, ConfigError, FtbError
+from learner.model import AdaptedModel
+from tests import tiny_llama
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama.build(tmp_path_factory.mktemp("model"))
+
+
+def adapted(path: Path, **lora: Any) -> AdaptedModel:
+    return AdaptedModel(tiny_llama.tiny_config(model={"lora": {"rank": 4, "alpha": 8.0} | lora}), path)
+
+
+def test_all_linear_layers_but_the_head_are_adapted(path: Path) -> None:
+    model = adapted(path)
+    names = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in model.adapter_state()}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    trainable = sum(tensor.numel() for tensor in model.adapter_state().values())
+    assert model.parameter_counts()["trainable_parameters"] == trainable
+    assert all("lora_" in name for name, parameter in model.module.named_parameters() if parameter.requires_grad)
+    assert not model.module.training
+
+
+def test_scale_follows_alpha_and_rslora(path: Path) -> None:
+    assert adapted(path).scale == 2.0
+    assert adapted(path, rslora=True).scale == 8.0 / math.sqrt(4)
+
+
+def test_targets_may_be_a_list(path: Path) -> None:
+    assert {name.split(".")[-3] for name in adapted(path, targets=["q_proj", "v_proj"]).adapter_state()} == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize(
+    ("targets", "problem"),
+    [
+        (["q_proj", "qkv"], "model.lora.targets: 'qkv' names no module of the model: it should be all-linear, or a list of names among .*q_proj"),
+        (["embed_tokens"], "model.lora.targets: 'embed_tokens' is not a linear layer"),
+        ("q_proj", "model.lora.targets: 'q_proj' is wrong"),
+        ([], r"model.lora.targets: \[\] is wrong"),
+    ],
+)
+def test_wrong_targets_are_refused(path: Path, targets: Any, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        adapted(path, targets=targets)
+
+
+def test_a_tied_head_is_refused(tmp_path: Path) -> None:
+    tied = tiny_llama.build(tmp_path, tie_word_embeddings=True)
+    with pytest.raises(ConfigError, match="'lm_head' shares its weight"):
+        adapted(tied, targets=["lm_head"])
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.path: .* can't be loaded"):
+        adapted(tmp_path)
+
+
+def test_the_reference_is_the_model_without_its_adapter(path: Path) -> None:
+    model = adapted(path)
+    ids = torch.tensor([[5, 6, 7]])
+    fresh = model.module(ids).logits
+    for name, parameter in model.module.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    with model.as_reference():
+        torch.testing.assert_close(model.module(ids).logits, fresh)
+    assert not torch.allclose(model.module(ids).logits, fresh, atol=1e-2)
+
+
+def test_the_seed_decides_the_initial_adapter(path: Path) -> None:
+    first, second = adapted(path).adapter_state(), adapted(path).adapter_state()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = AdaptedModel(tiny_llama.tiny_config(run={"seed": 4}), path).adapter_state()
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_update_clips_and_reports_the_norm_before(path: Path) -> None:
+    model = adapted(path)
+    parameters = [parameter for parameter in model.module.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    before = model.adapter_state()
+    norm = model.update(step=1, learning_rate=1e-3, max_grad_norm=0.5)
+    assert norm == pytest.approx(math.sqrt(sum(parameter.numel() for parameter in parameters)), rel=1e-5)
+    for name, tensor in model.adapter_state().items():  # Adam's first step is the learning rate, whatever the gradient
+        torch.testing.assert_close(before[name] - tensor, torch.full_like(tensor, 1e-3), rtol=1e-3, atol=1e-6)
+    assert all(parameter.grad is None for parameter in parameters)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_leaves_the_weights(path: Path, value: float) -> None:
+    model = adapted(path)
+    for parameter in model.module.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.full_like(parameter, value)
+    before = model.adapter_state()
+    with pytest.raises(FtbError, match=r"step 7: the gradient's norm is (nan|inf); the weights are those of step 6"):
+        model.update(step=7, learning_rate=1e-3, max_grad_norm=1.0)
+    after = model.adapter_state()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not model.optimizer.state_dict()["state"]
+
+
+def test_an_adapter_of_another_shape_is_refused(path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is of another run"):
+        adapted(path).load_adapter_state(adapted(path, rank=2).adapter_state())
+
+
+def test_bfloat16_keeps_the_adapter_in_float32(path: Path) -> None:
+    model = AdaptedModel(tiny_llama.tiny_config(model={"dtype": "bfloat16"}), path)
+    assert {tensor.dtype for tensor in model.adapter_state().values()} == {torch.float32}
+    assert model.peft_model.get_output_embeddings().weight.dtype == torch.bfloat16
