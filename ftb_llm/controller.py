@@ -139,6 +139,7 @@ class Controller:
             raise error from None
 
     async def _start(self, resume_from: str | None) -> None:
+        self._progress.line("starting: engines load and warm up")
         await asyncio.gather(self._learner.start(), *(port.start() for port in self._ports.values()))
         if resume_from is not None:
             step = await self._learner.load_checkpoint(resume_from)
@@ -242,7 +243,7 @@ class Controller:
 
     async def _after_step(self, config: Config, step: int) -> dict[str, Any]:
         """What is due at this step's end. Returns the metrics that it adds to the step's row."""
-        last = step >= config.run.max_steps
+        last = step >= config.run.max_steps or self._stop.is_set()
         if last or step % config.actors.push_every_steps == 0:
             await self._publish()
         if self._checkpoint_wanted or step % config.checkpoint.every_steps == 0:

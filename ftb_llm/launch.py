@@ -7,6 +7,7 @@ import asyncio
 import os
 import signal
 import time
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,7 +22,7 @@ from ftb_llm.controller import Controller
 from ftb_llm.datasets import PromptOrder, load_prompts
 from ftb_llm.errors import ConfigError, InvalidConfig, SetupError
 from ftb_llm.journal import Journal
-from ftb_llm.machine import PeakMemory, core_count
+from ftb_llm.machine import PeakMemory, core_count, tree_rss_bytes
 from ftb_llm.ports import Progress
 from ftb_llm.remote import RemoteGenerator, RemoteLearner, check_resources, running_ray
 from ftb_llm.report import write_report
@@ -152,7 +153,7 @@ async def _run(
             url = await stack.enter_async_context(serve(create_app(controller, token=token), config.control.host, config.control.port))
             controller.state.url = url
             progress.line(f"control plane at {url}, its API page at {url}/docs")
-        memory = await stack.enter_async_context(PeakMemory())
+        memory = await stack.enter_async_context(PeakMemory(lambda: job_rss_bytes([*generators, learner])))
         interrupted = ctrl_c_stops(controller)
         try:
             await controller.run(checkpoint)
@@ -189,6 +190,15 @@ def ctrl_c_stops(controller: Controller) -> asyncio.Event:
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(signal_number, stop)
     return interrupted
+
+
+async def job_rss_bytes(remotes: Sequence[RemoteGenerator | RemoteLearner]) -> int:
+    """A Ray of our own lies below this process, a cluster's actors do not: those are asked."""
+    own = await asyncio.to_thread(tree_rss_bytes)
+    if not os.environ.get("RAY_ADDRESS"):
+        return own
+    facts = await asyncio.gather(*(remote.info() for remote in remotes))
+    return own + sum(fact["rss_bytes"] for fact in facts)
 
 
 def write_outcome(controller: Controller, run_dir: RunDir, facts: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from collections.abc import Awaitable, Callable
 
 import psutil
 
@@ -26,7 +27,8 @@ def tree_rss_bytes() -> int:
 class PeakMemory:
     """Samples the job's memory in the background and keeps the largest value. Use as an async context manager."""
 
-    def __init__(self, every_seconds: float = 2.0) -> None:
+    def __init__(self, sample_bytes: Callable[[], Awaitable[int]], every_seconds: float = 2.0) -> None:
+        self._sample_bytes = sample_bytes
         self._every_seconds = every_seconds
         self._peak_bytes = 0
         self._watch: asyncio.Task[None] | None = None
@@ -45,5 +47,5 @@ class PeakMemory:
 
     async def _sample_forever(self) -> None:
         while True:
-            self._peak_bytes = max(self._peak_bytes, await asyncio.to_thread(tree_rss_bytes))
+            self._peak_bytes = max(self._peak_bytes, await self._sample_bytes())
             await asyncio.sleep(self._every_seconds)

@@ -12,6 +12,7 @@ import importlib
 import json
 import math
 import os
+import signal
 import struct
 import sys
 from collections.abc import Callable, Sequence
@@ -214,6 +215,9 @@ def _send(stream: BinaryIO, message: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     # The pipe is kept aside and whatever the user's code prints goes to stderr, so that a print can't tear a reply.
+    # It lives until the pipe closes: a signal meant for the run (Ctrl-C, a stopped job) must not cost the groups under way.
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, signal.SIG_IGN)
     pipe = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     _serve(sys.stdin.buffer, pipe)

@@ -1,0 +1,75 @@
+"""`ftb-llm`: finds the command, runs it, and turns what it raises into one clear line and an exit code.
+
+0 success    1 failed    2 bad usage, config or setup    130 Ctrl-C
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+
+from ftb_llm import __version__
+from ftb_llm.cli import doctor, report, service, train
+from ftb_llm.cli.command import Command, Parser, UsageError, print_error
+from ftb_llm.errors import ConfigError, FixedSetting, FtbError, InvalidConfig, SetupError
+
+COMMANDS: dict[str, Command] = {command.name: command for command in (*train.COMMANDS, *service.COMMANDS, *report.COMMANDS, *doctor.COMMANDS)}
+USERS_MISTAKES = (UsageError, ConfigError, InvalidConfig, FixedSetting, SetupError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return dispatch(words)
+    except InvalidConfig as error:
+        for problem in error.problems:
+            print_error(str(problem))
+        return 2
+    except FtbError as error:
+        print_error(str(error))
+        return 2 if isinstance(error, USERS_MISTAKES) else 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as in `ftb-llm status | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(overview())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"ftb-llm {__version__}")
+        return 0
+    name, rest = words[0], words[1:]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        raise UsageError(f"no command {name!r}{f'; did you mean {near[0]}?' if near else ''}; see ftb-llm --help")
+    parser = Parser(COMMANDS[name])
+    if "-h" in rest or "--help" in rest:
+        parser.print_help()
+        return 0
+    return COMMANDS[name].run(parser.parse_intermixed_args(rest))
+
+
+def overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {command.name.ljust(width)}  {command.help}" for command in COMMANDS.values()]
+    return "\n".join(
+        [
+            "usage: ftb-llm COMMAND [ARGUMENTS]",
+            "",
+            "Asynchronous fine-tuning of language models with f-Trajectory Balance.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "ftb-llm COMMAND --help says more. Exit codes: 0 success, 1 failure, 2 bad usage, config or setup, 130 Ctrl-C.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""The commands that talk to a live run over HTTP: `status`, `watch`, `set`, `stop`, `checkpoint`."""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ftb_llm.api.client import Client
+from ftb_llm.cli.command import Command, UsageError, add_json, print_json, print_table
+from ftb_llm.cli.train import read_summary
+from ftb_llm.config.load import merge, parse_override
+from ftb_llm.errors import ApiError, FtbError
+from ftb_llm.progress import ENDED, make_progress, status_rows
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+def add_connection(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--url", default=os.environ.get("FTB_LLM_URL", DEFAULT_URL), help="control plane of the run (default: $FTB_LLM_URL, else http://127.0.0.1:8000)"
+    )
+    parser.epilog = "A run that wants a bearer token gets it from $FTB_LLM_TOKEN."
+
+
+def connect(args: argparse.Namespace) -> Client:
+    return Client(args.url, token=os.environ.get("FTB_LLM_TOKEN"))
+
+
+def configure_plain(parser: argparse.ArgumentParser) -> None:
+    add_connection(parser)
+    add_json(parser)
+
+
+def configure_watch(parser: argparse.ArgumentParser) -> None:
+    add_connection(parser)
+    parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="time between two looks (default: 1)")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON per look")
+
+
+def configure_set(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("words", nargs="+", metavar="KEY=VALUE", help="live settings, for example objective.divergence.name=hellinger")
+    configure_plain(parser)
+
+
+def run_status(args: argparse.Namespace) -> int:
+    status = connect(args).status()
+    if args.json:
+        print_json(status)
+    else:
+        print_table(status_rows(status))
+    return 0
+
+
+def run_watch(args: argparse.Namespace) -> int:
+    client = connect(args)
+    status = client.status()
+    mode = "json" if args.json else "auto"
+    with make_progress(mode, status.get("max_steps") or 0, sys.stdout, every_steps=1) as progress:
+        while True:
+            progress.update(status)
+            if status["state"] in ENDED:
+                return exit_code(status["state"])
+            time.sleep(args.interval)
+            try:
+                status = client.status()
+            except FtbError as error:
+                return after_contact_was_lost(status, error)
+
+
+def after_contact_was_lost(last: dict[str, Any], error: FtbError) -> int:
+    """The control plane ends with the run; how the run ended stands in its folder, where that is on this machine."""
+    summary = read_summary(Path(last["run_dir"])) if last.get("run_dir") else {}
+    if summary.get("state") in ENDED:
+        print(f"the run has {summary['state']}", file=sys.stderr)
+        return exit_code(summary["state"])
+    raise error
+
+
+def exit_code(state: str) -> int:
+    return 1 if state == "failed" else 0
+
+
+def run_set(args: argparse.Namespace) -> int:
+    patch: dict[str, Any] = {}
+    for word in args.words:
+        patch = merge(patch, parse_override(word))
+    try:
+        answer = connect(args).patch(patch)
+    except ApiError as error:
+        if error.status in (409, 422):  # a fixed setting, or a bad value
+            raise UsageError(error.detail) from None
+        raise
+    if args.json:
+        print_json(answer)
+        return 0
+    print(f"config version {answer['config_version']}, from step {answer['effective_step']}")
+    for key, (old, new) in answer["changed"].items():
+        print(f"  {key}: {old} -> {new}")
+    if not answer["changed"]:
+        print("  nothing changed: these are the present values")
+    return 0
+
+
+def run_stop(args: argparse.Namespace) -> int:
+    return show_accepted(connect(args).stop(), "stopping: the run writes a checkpoint and its report, then ends", args)
+
+
+def run_checkpoint(args: argparse.Namespace) -> int:
+    return show_accepted(connect(args).checkpoint(), "a checkpoint will be written at the next step boundary", args)
+
+
+def show_accepted(answer: dict[str, Any], sentence: str, args: argparse.Namespace) -> int:
+    if args.json:
+        print_json(answer)
+    else:
+        print(sentence)
+    return 0
+
+
+COMMANDS = (
+    Command(name="status", help="show the live run", configure=configure_plain, run=run_status),
+    Command(name="watch", help="follow the live run until it ends or Ctrl-C", configure=configure_watch, run=run_watch),
+    Command(
+        name="set",
+        help="change live settings of the run at its next step boundary",
+        description="Change live settings of the run; they take effect together at the next step boundary.",
+        configure=configure_set,
+        run=run_set,
+    ),
+    Command(name="stop", help="end the run cleanly, with a checkpoint", configure=configure_plain, run=run_stop),
+    Command(name="checkpoint", help="write a checkpoint now", configure=configure_plain, run=run_checkpoint),
+)

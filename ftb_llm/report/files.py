@@ -1,0 +1,74 @@
+"""What a run wrote down, read for the report. Whatever is not there yet is empty."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftb_llm.errors import SetupError
+from ftb_llm.run_dir import read_lines
+
+Row = dict[str, Any]
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFiles:
+    """The files of one run."""
+
+    name: str
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    rows: list[Row]  # metrics.jsonl
+    events: list[Row]
+    first: dict[str, Any]  # EvalReport before training
+    last: dict[str, Any]  # the newest EvalReport
+
+    def points(self, metric: str) -> list[Point]:
+        """One metric as (step, value), where it was recorded."""
+        return [(row["step"], row[metric]) for row in self.rows if row.get(metric) is not None]
+
+    def metrics_below(self, prefix: str) -> list[str]:
+        return sorted({name for row in self.rows for name in row if name.startswith(prefix)})
+
+    def events_of(self, *kinds: str) -> list[Row]:
+        return [event for event in self.events if event["kind"] in kinds]
+
+
+def read_run(run_dir: Path) -> RunFiles:
+    if not run_dir.is_dir():
+        raise SetupError(f"run folder {run_dir} does not exist")
+    return RunFiles(
+        name=run_dir.resolve().name,
+        config=_json(run_dir / "config.json"),
+        summary=_json(run_dir / "summary.json"),
+        rows=_lines(run_dir / "metrics.jsonl"),
+        events=_lines(run_dir / "events.jsonl"),
+        first=_json(run_dir / "eval" / "first.json"),
+        last=_json(run_dir / "eval" / "last.json"),
+    )
+
+
+def thin(points: Sequence[Point], most: int = 500) -> list[Point]:
+    """At most `most` points: means over neighbours, so that a long run's page stays small."""
+    stride = -(-len(points) // most) or 1
+    chunks = [points[start : start + stride] for start in range(0, len(points), stride)]
+    return [(chunk[-1][0], sum(value for _, value in chunk) / len(chunk)) for chunk in chunks]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise SetupError(f"{path} is not JSON: {error}") from None
+    return document
+
+
+def _lines(path: Path) -> list[Row]:
+    try:
+        return list(read_lines(path))
+    except ValueError as error:
+        raise SetupError(f"{path} has a line that is not JSON: {error}") from None

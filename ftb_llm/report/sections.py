@@ -1,0 +1,190 @@
+"""The parts of the page about learning: each takes the run's files and gives HTML, or says what is missing."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import Any
+
+from ftb_llm.report.files import Row, RunFiles
+from ftb_llm.report.heatmap import heat_png, legend_png
+from ftb_llm.report.summary import SummaryRow, judged_rows
+from ftb_llm.report.svg import Mark, Series, bar_chart, line_chart
+
+BARS_AT_MOST = 30
+EXACT_NAMES = ("forward_kl", "reverse_kl", "pearson", "neyman", "hellinger", "js")
+
+
+def missing(text: str) -> str:
+    return f'<p class="missing">{escape(text)}</p>'
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Sequence[int] = ()) -> str:
+    """A table of plain text cells; the columns in `numbers` are right-aligned."""
+    classes = ['class="number"' if index in numbers else "" for index in range(len(head))]
+    top = "".join(f'<th scope="col" {kind}>{escape(cell)}</th>' for cell, kind in zip(head, classes, strict=True))
+    body = "".join("<tr>" + "".join(f"<td {kind}>{escape(cell)}</td>" for cell, kind in zip(row, classes, strict=True)) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def side_by_side(*figures: str) -> str:
+    return f'<div class="pair">{"".join(figures)}</div>'
+
+
+def summary(run: RunFiles) -> str:
+    rows = judged_rows(run.summary)
+    if not rows:
+        return missing("No summary.json yet: it is written when the run ends.")
+    body = "".join(
+        f'<tr><th scope="row">{escape(row.label)}</th><td class="number">{escape(row.value)}</td><td>{escape(row.goal)}</td><td>{_verdict(row)}</td></tr>'
+        for row in rows
+    )
+    head = '<tr><th scope="col">Measure</th><th scope="col" class="number">Value</th><th scope="col">Goal</th><th scope="col">Verdict</th></tr>'
+    return f'<div class="scroll"><table class="summary"><thead>{head}</thead><tbody>{body}</tbody></table></div>'
+
+
+def _verdict(row: SummaryRow) -> str:
+    if row.met is None:
+        return ""
+    return '<span class="met">✓ met</span>' if row.met else '<span class="missed">✗ missed</span>'
+
+
+def divergence_marks(run: RunFiles) -> list[Mark]:
+    """Where the divergence changed."""
+    marks = []
+    for event in run.events_of("config_change"):
+        changed = event.get("changed", {})
+        new = [str(changed[key][1]) for key in ("objective.divergence.name", "objective.divergence.alpha") if key in changed and changed[key][1] is not None]
+        if new:
+            marks.append(Mark(step=event["effective_step"], label=" ".join(new)))
+    return marks
+
+
+def learning(run: RunFiles) -> str:
+    """Reward and exact total variation, the two curves that say whether it worked."""
+    marks = divergence_marks(run)
+    reward = [
+        Series(label="sampled, mean of the step", points=run.points("reward/mean"), colour=0, look="faint"),
+        Series(label="exact, of the policy", points=run.points("eval/reward"), colour=0, dots=True),
+        Series(label="exact, of the target", points=run.points("eval/target_reward"), colour=1, look="dashed"),
+    ]
+    tv = [Series(label="exact TV", points=run.points("eval/exact_tv"), dots=True)]
+    return side_by_side(line_chart("Reward", reward, marks=marks), line_chart("Exact total variation to the target", tv, marks=marks, from_zero=True))
+
+
+def divergences(run: RunFiles) -> str:
+    """One small chart per divergence: exact where an oracle says so, and estimated from the training batches."""
+    marks = divergence_marks(run)
+    exact = [name for name in EXACT_NAMES if run.points(f"eval/exact_{name}")]
+    estimated = [name.removeprefix("divergence/") for name in run.metrics_below("divergence/")]
+    parts = ["<h3>Exact, from the oracle</h3>"]
+    parts.append(_small_charts(run, "eval/exact_", exact, marks, dots=True) if exact else missing("This run's task has no oracle, or it was not evaluated."))
+    parts.append("<h3>Estimated from the training batches</h3>")
+    parts.append(_small_charts(run, "divergence/", estimated, marks, dots=False) if estimated else missing("Not recorded in this run."))
+    return "".join(parts)
+
+
+def _small_charts(run: RunFiles, prefix: str, names: Sequence[str], marks: Sequence[Mark], *, dots: bool) -> str:
+    charts = [
+        line_chart(name.replace("_", " "), [Series(label=name, points=run.points(prefix + name), dots=dots)], marks=marks, width=350, height=180)
+        for name in names
+    ]
+    return f'<div class="small">{"".join(charts)}</div>'
+
+
+def staleness(run: RunFiles) -> str:
+    counts: Counter[int] = Counter()
+    for row in run.rows:
+        counts.update({int(age): count for age, count in row.get("staleness_counts", {}).items()})
+    ages = [
+        Series(label="mean", points=run.points("off_policy/staleness_mean"), colour=0),
+        Series(label="max", points=run.points("off_policy/staleness_max"), colour=1, look="faint"),
+    ]
+    histogram = bar_chart("Age of the groups trained on", _bars(counts), x_label="steps behind the learner", y_label="groups")
+    return side_by_side(histogram, line_chart("Staleness over the run", ages, unit="steps", from_zero=True))
+
+
+def _bars(counts: Counter[int]) -> list[tuple[str, float]]:
+    """One bar per age, or per range of ages where there are many."""
+    if not counts:
+        return []
+    low, high = min(counts), max(counts)
+    width = -(-(high - low + 1) // BARS_AT_MOST)
+    bars: Counter[int] = Counter()
+    for age, count in counts.items():
+        bars[(age - low) // width] += count
+    starts = [low + index * width for index in range((high - low) // width + 1)]
+    return [(str(start) if width == 1 else f"{start}–{start + width - 1}", float(bars[index])) for index, start in enumerate(starts)]
+
+
+def heat_maps(run: RunFiles) -> str:
+    """Policy beside target, prompt by prompt, on one colour scale per prompt."""
+    newest = run.last or run.first  # a run that was stopped early has only the first
+    target, shape = newest.get("target"), newest.get("grid_shape")
+    if not target:
+        return missing("No exact evaluation in this run's eval/ folder.")
+    parts = []
+    if shape:
+        parts.append(_scale())
+        parts += [_heat_row(run, prompt, target[prompt], tuple(shape)) for prompt in target]
+    parts.append("<h3>Exact TV by prompt</h3>")
+    rows = [(prompt, _tv(run.first, prompt), _tv(run.last, prompt)) for prompt in target]
+    parts.append(table(["prompt", "before training", _when(run)], rows, numbers=(1, 2)))
+    return "".join(parts)
+
+
+def _when(run: RunFiles) -> str:
+    return f"after step {run.last['step']}" if run.last else "after training"
+
+
+def _scale() -> str:
+    return (
+        '<p class="scale">Each square is one completion. Colour grows with the square root of its probability, from 0 '
+        f'<img src="{legend_png()}" alt="colour scale from dark to bright" width="128" height="10"> '
+        "to the largest of the three pictures of the prompt.</p>"
+    )
+
+
+def _heat_row(run: RunFiles, prompt: str, target: Sequence[float], shape: tuple[int, ...]) -> str:
+    """Three pictures: before training, now, target."""
+    columns, cells = shape[-1], math.prod(shape)
+    before, now = (evaluation.get("policy", {}).get(prompt) for evaluation in (run.first, run.last))
+    panels = [("before training", before), (f"policy {_when(run)}", now), ("target", target)]
+    highest = max(max(values[:cells]) for _, values in panels if values)
+    pictures = "".join(_heat_panel(f"{prompt} {caption}", caption, values, cells, columns, highest) for caption, values in panels)
+    return f'<h3>{escape(prompt)} <span class="unit">brightest cell {highest:.4f}</span></h3><div class="heat">{pictures}</div>'
+
+
+def _heat_panel(alt: str, caption: str, values: Sequence[float] | None, cells: int, columns: int, highest: float) -> str:
+    if not values:
+        return f"<figure>{missing('not evaluated')}<figcaption>{escape(caption)}</figcaption></figure>"
+    outside = sum(values[cells:])
+    note = f' <span class="unit">{outside:.2%} outside</span>' if outside >= 5e-5 else ""
+    picture = heat_png(values[:cells], cells // columns, columns, highest)
+    return f'<figure><img class="map" src="{picture}" alt="{escape(alt)}"><figcaption>{escape(caption)}{note}</figcaption></figure>'
+
+
+def _tv(evaluation: dict[str, Any], prompt: str) -> str:
+    """Half the L1 distance between policy and target."""
+    policy, target = evaluation.get("policy", {}).get(prompt), evaluation.get("target", {}).get(prompt)
+    if not policy or not target:
+        return "–"
+    return f"{sum(abs(p - q) for p, q in zip(policy, target, strict=True)) / 2:.4f}"
+
+
+def config_history(run: RunFiles) -> str:
+    changes = run.events_of("config_change")
+    rows = [("1", "1", "start of the run", started_with(run.config) if run.config else "config.json is missing")]
+    rows += [(str(event["version"]), str(event["effective_step"]), str(event["source"]), change_text(event)) for event in changes]
+    return table(["version", "from step", "source", "change"], rows, numbers=(0, 1))
+
+
+def started_with(config: dict[str, Any]) -> str:
+    objective = config.get("objective", {})
+    divergence = objective.get("divergence", {})
+    alpha = f" {divergence['alpha']}" if divergence.get("alpha") is not None else ""
+    return f"{divergence.get('name')}{alpha}, beta {objective.get('beta')}, learning rate {config.get('learner', {}).get('learning_rate')}"
+
+
+def change_text(event: Row) -> str:
+    return "; ".join(f"{key}: {old} → {new}" for key, (old, new) in event.get("changed", {}).items())
