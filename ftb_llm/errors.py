@@ -71,6 +71,10 @@ class SetupError(FtbError, RuntimeError):
     """Something outside the config stops the run before it starts: a busy port, no free CPU, a missing file."""
 
 
+class RemoteError(FtbError, RuntimeError):
+    """An actor raised something unexpected, died, or did not start."""
+
+
 class RewardError(FtbError, ValueError):
     """A reward function failed on one group; `reason` is the short tag that is counted."""
 

@@ -20,7 +20,6 @@ from ftb_llm.ports import GeneratorPort, RewardPort
 from ftb_llm.state import GeneratorPhase, GeneratorState
 from ftb_llm.types import Group, GroupRequest, SamplingSpec, ScoredGroup
 
-
 _REFUSED_SECONDS = 0.05
 
 

@@ -18,9 +18,10 @@ from actors.ray_actor import GeneratorActor
 from ftb_llm.api.app import create_app
 from ftb_llm.api.server import check_port, serve
 from ftb_llm.config import Config
+from ftb_llm.config.ledger import difference
 from ftb_llm.controller import Controller
 from ftb_llm.datasets import PromptOrder, load_prompts
-from ftb_llm.errors import ConfigError, InvalidConfig, SetupError
+from ftb_llm.errors import ConfigError, FixedSetting, InvalidConfig, SetupError
 from ftb_llm.journal import Journal
 from ftb_llm.machine import PeakMemory, core_count, tree_rss_bytes
 from ftb_llm.ports import Progress
@@ -34,6 +35,7 @@ from ftb_llm.types import Prompt
 from learner.ray_actor import LearnerActor
 
 _BUILTIN = "builtin:"
+_MADE_OF = ("model.", "data.", "run.seed", "sampling.group_size", "objective.kind")
 INTERRUPTED = 130
 
 
@@ -53,12 +55,15 @@ def train(config: Config, *, resume: Path | None, progress: Progress) -> int:
     inputs = read_inputs(config, progress)
     run_dir = RunDir.open(resume) if resume else RunDir.create(Path(config.run.dir) / (config.run.name or default_name(config)))
     checkpoint = newest_checkpoint(run_dir) if resume else None
-    run_dir.write_json("config.json", config.model_dump(mode="json"))
     journal = Journal(run_dir.path / "run.db")
     try:
+        check_resumed_config(journal, config)
+        run_dir.write_json("config.json", config.model_dump(mode="json"))
         with running_ray():
             check_resources(*wanted_resources(config))
             return asyncio.run(_run(config, inputs, run_dir, journal, checkpoint, token, progress, began))
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None  # a second Ctrl-C
     finally:
         journal.close()
 
@@ -81,6 +86,14 @@ def check_setup(config: Config) -> str | None:
     if not token:
         raise SetupError(f"control.token_env: the environment variable {config.control.token_env} is not set; it must hold the bearer token")
     return token
+
+
+def check_resumed_config(journal: Journal, config: Config) -> None:
+    """A resumed run may move to other resources or schedules, but what its checkpoint and its queue are made of stays."""
+    for version in journal.configs()[-1:]:
+        changed = [key for key in difference(version.config, config) if key.startswith(_MADE_OF)]
+        if changed:
+            raise FixedSetting(changed)
 
 
 def wanted_resources(config: Config) -> tuple[float, float]:
