@@ -13,8 +13,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.setup-$(EXTRA)
 OTHER := $(filter-out $(STAMP),$(wildcard $(VENV)/.setup-*))
 PINS  := requirements/$(EXTRA).txt requirements/dev.txt
-# Uncompiled: only a tenth of it is ever imported, and compiling the rest would double the time that setup takes.
-PIP   := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile --no-deps
+PIP   := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps
 
 .PHONY: help setup train-async test test-unit check lock-check docs clean
 
@@ -27,7 +26,7 @@ setup: $(STAMP) ## build .venv from the pins (EXTRA=cpu or gpu, PYTHON=python3.1
 $(STAMP): $(PINS) pyproject.toml tools/check_torch.py
 	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null || \
 	    { echo "make setup: PYTHON=$(PYTHON) is not Python 3.11 or 3.12 ($$("$(PYTHON)" --version 2>&1 | head -n 1)); pass one, as in make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@echo "make setup: installing $$(cat $(PINS) | grep -c ==) pinned packages into $(VENV) for $(EXTRA); takes a minute or two"
+	@echo "make setup: installing $$(cat $(PINS) | grep -c ==) pinned packages into $(VENV) for $(EXTRA); this takes a few minutes"
 	@"$(PYTHON)" -m venv $(if $(OTHER),--clear) $(VENV)
 	@$(PIP) $(addprefix -r ,$(PINS))
 	@$(BIN)/python tools/check_torch.py $(EXTRA)
