@@ -95,14 +95,12 @@ class Generation:
                     self._idle.set()
 
     def request(self, number: int) -> GroupRequest:
-        """The group with that number; the same number always asks for the same prompt with the same seed."""
-        config = self._config()
-        sampling = config.sampling
+        """The group with that number; the same number always asks for the same prompt."""
+        sampling = self._config().sampling
         return GroupRequest(
             group_id=group_id(number),
             prompt=self._prompts[number],
             sampling=SamplingSpec(group_size=sampling.group_size, temperature=sampling.temperature, top_p=sampling.top_p, max_tokens=sampling.max_tokens),
-            seed=(config.run.seed * 1_000_003 + number) % 2**31,
         )
 
     async def _one_group(self, port: GeneratorPort, state: GeneratorState) -> None:

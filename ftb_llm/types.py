@@ -60,7 +60,6 @@ class GroupRequest:
     group_id: str
     prompt: Prompt
     sampling: SamplingSpec
-    seed: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

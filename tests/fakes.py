@@ -51,9 +51,7 @@ def make_scored(number: int = 0, *, version: int = 0, size: int = 2) -> ScoredGr
 
 
 def make_request(number: int = 0, size: int = 2) -> GroupRequest:
-    return GroupRequest(
-        group_id=f"g{number:09d}", prompt=make_prompt(), sampling=SamplingSpec(group_size=size, temperature=1.0, top_p=1.0, max_tokens=4), seed=number
-    )
+    return GroupRequest(group_id=f"g{number:09d}", prompt=make_prompt(), sampling=SamplingSpec(group_size=size, temperature=1.0, top_p=1.0, max_tokens=4))
 
 
 def make_adapter(version: int) -> AdapterRef:
