@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ftb_llm.config import Config
-from ftb_llm.errors import EngineError, SetupError
+from ftb_llm.errors import EngineError, ProcessDied, RequestRefused, SetupError
 from ftb_llm.types import Completion, FinishReason, SamplingSpec
 
 if TYPE_CHECKING:
@@ -38,9 +38,12 @@ QUIET_AND_OFFLINE = {
 }
 
 
-def engine_environment(config: Config) -> dict[str, str]:
+def engine_environment(config: Config, scratch: Path) -> dict[str, str]:
     """What vLLM reads from the environment of this process and of the engine process it starts."""
-    environment = QUIET_AND_OFFLINE | {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
+    environment = QUIET_AND_OFFLINE | {
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+        "VLLM_RPC_BASE_PATH": str(scratch),  # its sockets, which it leaves lying about
+    }
     if config.actors.gpus_each == 0:
         environment |= {
             "OMP_NUM_THREADS": str(max(1, int(config.actors.cpus_each))),
@@ -78,11 +81,11 @@ def engine_settings(config: Config, model_path: Path, *, seed: int) -> dict[str,
     }
 
 
-def start_engine(config: Config, model_path: Path, *, seed: int) -> "Engine":
-    """Start the engine process; returns when the model is loaded. Call it inside the event loop that will use the engine."""
+def start_engine(config: Config, model_path: Path, *, seed: int, scratch: Path) -> "Engine":
+    """Start the engine process, with its sockets in `scratch`; returns when the model is loaded. Call it inside the event loop that will use the engine."""
     if not (model_path / "config.json").is_file():
         raise SetupError(f"model.path: {model_path} has no config.json; it must be a local folder in Hugging Face format")
-    os.environ.update(engine_environment(config))
+    os.environ.update(engine_environment(config, scratch))
 
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
@@ -97,7 +100,7 @@ def start_engine(config: Config, model_path: Path, *, seed: int) -> "Engine":
 
 
 class Engine:
-    """One running engine. Every failure of vLLM leaves here as an `EngineError`, so that callers need no vLLM to read it."""
+    """One running engine. Every failure of vLLM leaves here as an error of ours, so that callers need no vLLM to read it."""
 
     def __init__(self, llm: "AsyncLLM", model_path: Path) -> None:
         self._llm = llm
@@ -162,9 +165,9 @@ class Engine:
             async for output in self._llm.generate(tokens_input(list(prompt_ids)), sampling, str(self._requests)):
                 final = output
         except EngineDeadError:
-            raise EngineError("the engine process died") from None
+            raise ProcessDied("the engine process died") from None
         except (EngineGenerateError, VLLMError, ValueError) as error:
-            raise EngineError(f"the engine refused a request: {error.__cause__ or error}") from None
+            raise RequestRefused(f"the engine refused a request: {error.__cause__ or error}") from None
         assert final is not None
         assert final.finished
         return final
@@ -175,10 +178,10 @@ class Engine:
         try:
             while not task.done():
                 if self._llm.errored:
-                    raise EngineError("the engine process died")
+                    raise ProcessDied("the engine process died")
                 await asyncio.wait([task], timeout=LIVENESS_SECONDS)
             return await task
-        except EngineError:
+        except ProcessDied:
             raise
         except Exception as error:  # noqa: BLE001  whatever vLLM says, with its own type left behind
             raise EngineError(f"the engine failed: {error}") from None

@@ -24,7 +24,8 @@ from typing import Any, Protocol
 from actors.canary import judge
 from actors.engine import start_engine
 from ftb_llm.config import Config
-from ftb_llm.errors import CheckpointError, ConfigError, NotServing, WrongState
+from ftb_llm.config.resolve import resolve_canary_tolerance
+from ftb_llm.errors import CheckpointError, NotServing, RequestRefused, WrongState
 from ftb_llm.machine import tree_rss_bytes
 from ftb_llm.types import AdapterRef, Completion, Group, GroupRequest, PushReport, SamplingSpec
 
@@ -72,9 +73,10 @@ class Generator:
     async def start(self) -> dict[str, Any]:
         """Start the engine and warm it up, so that the first real group is as fast as any."""
         began = time.monotonic()
-        if self._engine is None:
-            self._engine = start_engine(self._config, self._model_path, seed=engine_seed(self._config.run.seed, self.name))
         self._scratch = await asyncio.to_thread(_scratch_folder)
+        if self._engine is None:
+            seed = engine_seed(self._config.run.seed, self.name)
+            self._engine = start_engine(self._config, self._model_path, seed=seed, scratch=self._scratch)
         await self._engine.name_version(BASE_VERSION)
         loaded = time.monotonic()
         await self._engine.score([0], [0])  # the canary's path
@@ -145,7 +147,7 @@ class Generator:
         try:
             pause_ms = await engine.swap(file, adapter.scale, adapter.version)
             value = await engine.score(canary.prompt_ids, canary.completion_ids)
-            problem = judge(value, canary.adapted, canary.base, self._config.actors.canary_tolerance)
+            problem = judge(value, canary.adapted, canary.base, resolve_canary_tolerance(self._config))
         finally:  # also when cancelled: no verdict is a bad verdict
             self._problem = problem
             if problem is None:
@@ -207,10 +209,9 @@ class Generator:
     def _check_length(self, request: GroupRequest) -> None:
         longest, prompt, room = self._config.actors.max_model_len, len(request.prompt.token_ids), request.sampling.max_tokens
         if prompt + room > longest:
-            raise ConfigError(
-                "actors.max_model_len",
-                f"{longest} is too short for prompt {request.prompt.index} of {prompt} tokens with sampling.max_tokens {room}; "
-                f"it must be at least {prompt + room}",
+            raise RequestRefused(
+                f"actors.max_model_len {longest} is too short for prompt {request.prompt.index} of {prompt} tokens "
+                f"with sampling.max_tokens {room}; it must be at least {prompt + room}"
             )
 
 

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from ftb_llm.errors import FtbError
 from ftb_llm.ports import GeneratorPort, LearnerPort
 from ftb_llm.types import Group, GroupRequest
 
@@ -22,6 +23,8 @@ async def logprob_differences(ports: Sequence[GeneratorPort], learner: LearnerPo
 
     Call it when every generator holds the learner's present adapter: the same tokens, the same version.
     """
+    if not ports:
+        raise FtbError("no generator serves")
     groups: list[Group] = []
     for port in ports:
         groups.extend(await asyncio.gather(*(port.generate(request) for request in requests)))
@@ -36,6 +39,11 @@ async def logprob_differences(ports: Sequence[GeneratorPort], learner: LearnerPo
         "logprob_mean_abs_diff": statistics.fmean(differences),
         "logprob_compared": len(differences),
     }
+
+
+async def speed_of(ports: Sequence[GeneratorPort]) -> dict[str, Any]:
+    """Tokens per second once more, after the last push of a run."""
+    return {"speed_after_last_push": await _speed(ports)}
 
 
 async def _speed(ports: Sequence[GeneratorPort]) -> float:

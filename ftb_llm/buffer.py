@@ -10,7 +10,7 @@ consumed, because only then is their age known.
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ftb_llm.journal import Accounting, Journal
 from ftb_llm.types import Group, GroupState, ScoredGroup
@@ -35,6 +35,10 @@ class GroupBuffer:
     @property
     def capacity(self) -> int:
         return self._capacity
+
+    def forget_versions_after(self, step: int) -> None:
+        """After going back to a checkpoint: groups of policies that no longer exist are of no known age."""
+        self._drop(lambda scored: scored.group.max_version > step, "abandoned_version")
 
     # -- the generators' side
 
@@ -64,11 +68,11 @@ class GroupBuffer:
 
     # -- the learner's side
 
-    async def lease(self, count: int, *, step: int, max_staleness_steps: int | None) -> list[ScoredGroup]:
-        """The `count` oldest groups that are fresh enough for `step`; waits until there are so many."""
+    async def lease(self, count: int, *, step: int, max_staleness_steps: Callable[[], int | None]) -> list[ScoredGroup]:
+        """The `count` oldest groups that are fresh enough for `step`; waits until there are so many. The limit may change meanwhile."""
         async with self._changed:
             while True:
-                await self._drop_stale(step, max_staleness_steps)
+                self._drop_stale(step, max_staleness_steps())
                 if len(self._waiting) >= count:
                     break
                 await self._changed.wait()
@@ -88,17 +92,17 @@ class GroupBuffer:
 
     # -- inside
 
-    async def _drop_stale(self, step: int, max_staleness_steps: int | None) -> None:
-        if max_staleness_steps is None:
-            return
-        stale = [scored for scored in self._waiting if staleness(scored, step) > max_staleness_steps]
-        if not stale:
-            return
-        self._move(stale, GroupState.BUFFERED, GroupState.DROPPED_STALE, reason="stale")
-        self.accounting.reasons["stale"] += len(stale)
-        dropped = {scored.group.id for scored in stale}
-        self._waiting = deque(scored for scored in self._waiting if scored.group.id not in dropped)
-        self._changed.notify_all()
+    def _drop_stale(self, step: int, max_staleness_steps: int | None) -> None:
+        """Only while the condition is held."""
+        if max_staleness_steps is not None and self._drop(lambda scored: staleness(scored, step) > max_staleness_steps, "stale"):
+            self._changed.notify_all()
+
+    def _drop(self, unwanted: Callable[[ScoredGroup], bool], reason: str) -> int:
+        dropped = [scored for scored in self._waiting if unwanted(scored)]
+        self._move(dropped, GroupState.BUFFERED, GroupState.DROPPED_STALE, reason=reason)
+        self.accounting.reasons.update({reason: len(dropped)} if dropped else {})
+        self._waiting = deque(scored for scored in self._waiting if not unwanted(scored))
+        return len(dropped)
 
     def _move(self, groups: Iterable[ScoredGroup], source: GroupState, target: GroupState, *, reason: str | None = None, step: int | None = None) -> None:
         ids = [scored.group.id for scored in groups]

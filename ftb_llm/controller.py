@@ -18,22 +18,23 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from ftb_llm.api import prometheus
-from ftb_llm.audit import logprob_differences, speed_around
+from ftb_llm.audit import logprob_differences, speed_around, speed_of
 from ftb_llm.buffer import GroupBuffer
 from ftb_llm.config import Config
 from ftb_llm.config.ledger import ConfigLedger, ConfigVersion
 from ftb_llm.config.resolve import resolve_learning_rate, resolve_objective
-from ftb_llm.datasets import PromptOrder
+from ftb_llm.datasets import PromptOrder, check_prompts_fit
 from ftb_llm.delivery import NewestAdapter, deliver, deliver_forever
 from ftb_llm.errors import FtbError, WrongState
 from ftb_llm.generation import Generation, WorkList, group_number
 from ftb_llm.journal import Journal
 from ftb_llm.metrics import step_row
 from ftb_llm.ports import GeneratorPort, LearnerPort, Progress, RewardPort
-from ftb_llm.run_dir import RunDir
+from ftb_llm.run_dir import RunDir, checkpoint_step
 from ftb_llm.state import GeneratorPhase, GeneratorState, Phase, RunState
 from ftb_llm.status import run_status
 from ftb_llm.types import ScoredGroup, StepRequest
@@ -56,17 +57,22 @@ class Controller:
         learner: LearnerPort,
         rewards: RewardPort,
         progress: Progress,
+        resume_from: Path | None = None,
     ) -> None:
         self._run_dir = run_dir
         self._journal = journal
         self._learner = learner
         self._progress = progress
+        self._resume_from = resume_from
+        self._longest_prompt = prompts.longest
         self._ports = {port.name: port for port in generators}
         self.state = RunState(name=run_dir.path.name, run_dir=str(run_dir.path), generators=[GeneratorState(name=port.name) for port in generators])
+        self.state.step = self.state.started_step = checkpoint_step(resume_from) if resume_from else 0
         self.ledger = ConfigLedger(config, next_step=lambda: self.state.started_step + 1, on_change=self._record_config, history=config_history)
         for version in self.ledger.history()[len(config_history) :]:
-            journal.add_config(version)
+            journal.add_config(version) if not config_history else self._record_config(version)
         self.buffer = GroupBuffer(capacity=config.buffer.capacity_groups, journal=journal)
+        self.buffer.forget_versions_after(self.state.step)
         self._newest = NewestAdapter()
         self._generation = Generation(
             config=self._config,
@@ -86,7 +92,7 @@ class Controller:
     # -- what the control plane and the command line see
 
     def status(self) -> dict[str, Any]:
-        return run_status(self.state, self.ledger.current, self.buffer)
+        return run_status(self.state, self.ledger, self.buffer)
 
     def metrics_text(self) -> bytes:
         return prometheus.render(self.status(), self.state.last_row)
@@ -113,22 +119,24 @@ class Controller:
         if self.state.phase is not Phase.TRAINING:
             raise WrongState(f"the run is {self.state.phase.value}; a checkpoint can be asked for while it trains")
         self._checkpoint_wanted = True
-        return {"after_step": max(self.state.step, self.state.started_step)}
+        return {"after_step": self.state.step + 1}
 
     def emit(self, kind: str, message: str, **details: Any) -> None:
         """Write an event down and show those that a person should see."""
         self._run_dir.append_event(kind, message, step=self.state.step, **details)
         if kind in ("push_failed", "actor_out", "rejected", "warning"):
             self.state.last_error = message
+        if kind == "rejected" and not _worth_a_line(self.buffer.accounting.reasons[details["reason"]]):
+            return
         if kind != "push":
             self._progress.line(f"{kind}: {message}")
 
     # -- the run
 
-    async def run(self, resume_from: str | None) -> None:
+    async def run(self) -> None:
         """Start, train, and close; afterwards `state.phase` says how it ended."""
         try:
-            await self._start(resume_from)
+            await self._start()
             await self._train()
             await self._close()
         except BaseException as caught:  # noqa: BLE001 - recorded, then raised again
@@ -138,20 +146,23 @@ class Controller:
             self.emit("finished", f"the run failed at step {self.state.step}: {self.state.last_error}")
             raise error from None
 
-    async def _start(self, resume_from: str | None) -> None:
+    async def _start(self) -> None:
         self._progress.line("starting: engines load and warm up")
         await asyncio.gather(self._learner.start(), *(port.start() for port in self._ports.values()))
-        if resume_from is not None:
-            step = await self._learner.load_checkpoint(resume_from)
-            self.state.step = self.state.started_step = step
-            self._run_dir.forget_metrics_after(step)
+        if self._resume_from is not None:
+            await self._learner.load_checkpoint(str(self._resume_from))
+            self._run_dir.forget_metrics_after(self.state.step)
         await self._publish()
-        self.facts |= await speed_around(list(self._ports.values()), self._push_to_all)
-        if resume_from is None:
+        speed = await speed_around(list(self._ports.values()), self._push_to_all)
+        if not self._serving():
+            problems = "; ".join(f"{state.name}: {state.last_error}" for state in self.state.generators)
+            raise FtbError(f"no generator took its first adapter: {problems}")
+        self.facts |= speed if len(self._serving()) == len(self._ports) else {}
+        if self._resume_from is None:
             await self._evaluate_start()
         if not self._stop.is_set():
             self.state.phase = Phase.TRAINING
-        self.emit("started", f"training from step {self.state.step} to {self._config().run.max_steps}", resumed=resume_from is not None)
+        self.emit("started", f"training from step {self.state.step} to {self._config().run.max_steps}", resumed=self._resume_from is not None)
 
     async def _train(self) -> None:
         """Run the loops of the flow until the training loop ends; the first one that breaks ends them all."""
@@ -181,8 +192,9 @@ class Controller:
 
     async def _lease(self, step: int) -> list[ScoredGroup] | None:
         """The step's groups; None when the run is stopped first."""
-        config = self._config()
-        lease = asyncio.ensure_future(self.buffer.lease(config.learner.groups_per_step, step=step, max_staleness_steps=config.staleness.max_steps))
+        lease = asyncio.ensure_future(
+            self.buffer.lease(self._config().learner.groups_per_step, step=step, max_staleness_steps=lambda: self._config().staleness.max_steps)
+        )
         stop = asyncio.ensure_future(self._stop.wait())
         dead = asyncio.ensure_future(self._all_dead.wait())
         try:
@@ -191,6 +203,7 @@ class Controller:
                 return lease.result()
             if stop.done():
                 return None
+            await self._checkpoint()
             raise FtbError("every generator is dead: " + "; ".join(f"{state.name}: {state.last_error}" for state in self.state.generators))
         finally:
             for waiting in (lease, stop, dead):
@@ -221,7 +234,7 @@ class Controller:
             "perf/learn_tokens_per_second": self.state.learn_throughput.per_second(),
             "perf/queue_groups": float(self.buffer.depth),
             "time/learner_wait_seconds": leased_at - self._last_step_end,
-            "time/generator_wait_seconds": self._generation.take_wait_seconds(),
+            "time/generator_wait_seconds": self._generation.take_wait_seconds() / (len(self._ports) * version.config.actors.groups_in_flight),
             "time/learn_seconds": learned_at - leased_at,
         }
         row = step_row(
@@ -243,13 +256,13 @@ class Controller:
 
     async def _after_step(self, config: Config, step: int) -> dict[str, Any]:
         """What is due at this step's end. Returns the metrics that it adds to the step's row."""
-        last = step >= config.run.max_steps or self._stop.is_set()
+        last = step >= self._config().run.max_steps or self._stop.is_set()
         if last or step % config.actors.push_every_steps == 0:
             await self._publish()
         if self._checkpoint_wanted or step % config.checkpoint.every_steps == 0:
             await self._checkpoint()
         if last or step % config.eval.every_steps == 0:
-            return await self._evaluate()
+            return await self._evaluate(config.objective.beta)
         return {}
 
     async def _publish(self) -> None:
@@ -273,40 +286,64 @@ class Controller:
         path = await self._learner.save_checkpoint(self.state.step)
         self.emit("checkpoint", f"checkpoint of step {self.state.step} in {path}", path=path)
 
-    async def _evaluate(self) -> dict[str, Any]:
+    async def _evaluate(self, beta: float) -> dict[str, Any]:
         """Metrics of the exact oracle; empty where the task has none. The policy itself goes to eval/, for the heat maps."""
-        report = await self._learner.evaluate(self.state.step, self._config().objective.beta)
+        report = await self._learner.evaluate(self.state.step, beta)
         if report is None:
             return {}
         self._run_dir.write_json("eval/first.json" if report.step == 0 else "eval/last.json", asdict(report))
         return report.metrics
 
     async def _evaluate_start(self) -> None:
-        metrics = await self._evaluate()
+        metrics = await self._evaluate(self._config().objective.beta)
         row = {"step": 0, "time": time.time(), "config_version": self.ledger.current.version, "policy_version": 0, **metrics}
         self._run_dir.append_metrics(row)
         self.state.finish_step(0, row)
 
     async def _close(self) -> None:
-        """A run that went to its end is audited; every run is saved."""
+        """Whatever ended the training, the last step is published, evaluated and saved; a run that went to its end is audited."""
         stopped = self._stop.is_set()
-        if not stopped:
-            self.state.phase = Phase.STOPPING
-            await self._push_to_all()
-            serving = [self._ports[state.name] for state in self.state.generators if state.phase is GeneratorPhase.SERVING]
-            requests = [self._generation.request(number) for number in range(self._config().eval.audit_groups)]
-            self.facts |= await logprob_differences(serving, self._learner, requests)
+        self.state.phase = Phase.STOPPING
+        await self._publish()
+        await self._complete_last_row()
         await self._checkpoint()
+        if not stopped:
+            await self._audit()
         self.state.phase = Phase.STOPPED if stopped else Phase.FINISHED
         self.emit("finished", f"the run {'was stopped' if stopped else 'finished'} at step {self.state.step}")
         self._progress.update(self.status())
 
+    async def _complete_last_row(self) -> None:
+        """A stop between two steps, or a lowered max_steps, leaves a last row that was not evaluated."""
+        step, row = self.state.step, self.state.last_row
+        if row.get("step") != step or any(name.startswith("eval/") for name in row):
+            return
+        metrics = await self._evaluate(self.ledger.at_step(step).config.objective.beta)
+        self._run_dir.forget_metrics_after(step - 1)
+        self._run_dir.append_metrics(row | metrics)
+        self.state.finish_step(step, row | metrics)
+
+    async def _audit(self) -> None:
+        """Bring the engines to the last adapter and compare them with the learner. The run is saved already: a failure is a warning."""
+        try:
+            await self._push_to_all()
+            requests = [self._generation.request(number) for number in range(self._config().eval.audit_groups)]
+            self.facts |= await logprob_differences(self._serving(), self._learner, requests)
+            self.facts |= await speed_of(self._serving())
+        except FtbError as error:
+            self.emit("warning", f"engine and learner could not be compared after the last step: {error}")
+
     # -- inside
+
+    def _serving(self) -> list[GeneratorPort]:
+        return [self._ports[state.name] for state in self.state.generators if state.phase is GeneratorPhase.SERVING]
 
     def _config(self) -> Config:
         return self.ledger.current.config
 
     def _record_config(self, version: ConfigVersion) -> None:
+        """Called before a version counts: what is raised here refuses it."""
+        check_prompts_fit(version.config, self._longest_prompt)
         changes = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in version.changed.items())
         self.emit(
             "config_change",
@@ -323,6 +360,11 @@ class Controller:
         """Workers end only when their generator is dead; when all have, the training loop must not wait for groups."""
         await asyncio.wait(workers)
         self._all_dead.set()
+
+
+def _worth_a_line(count: int) -> bool:
+    """The first, second, fourth, eighth … of a kind: thousands of rejections are one fact, not thousands."""
+    return count & (count - 1) == 0
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -83,6 +83,17 @@ def _wrong(path: str, message: str) -> InvalidConfig:
     return InvalidConfig([ConfigError("data.path", f"{path} {message}")])
 
 
+def check_prompts_fit(config: Config, longest: int) -> None:
+    """Refuse settings under which the longest prompt leaves no room for its completion."""
+    if longest + config.sampling.max_tokens > config.actors.max_model_len:
+        room = config.actors.max_model_len - longest
+        message = (
+            f"{config.sampling.max_tokens} is too many: the longest prompt has {longest} tokens, "
+            f"which leaves {room} of actors.max_model_len {config.actors.max_model_len}"
+        )
+        raise InvalidConfig([ConfigError("sampling.max_tokens", message)])
+
+
 class PromptOrder:
     """Which prompt comes n-th: each epoch visits every prompt once. A pure function of n, so a resumed run skips nothing."""
 
@@ -90,6 +101,7 @@ class PromptOrder:
         self._prompts = prompts
         self._seed = seed
         self._shuffle = shuffle
+        self.longest = max(len(prompt.token_ids) for prompt in prompts)
         self._epoch = -1
         self._places: list[int] = []
 

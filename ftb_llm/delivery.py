@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ftb_llm.config import Config
+from ftb_llm.errors import ProcessDied
 from ftb_llm.ports import GeneratorPort
 from ftb_llm.state import GeneratorPhase, GeneratorState
 from ftb_llm.types import AdapterRef, PushReport
@@ -45,6 +46,9 @@ async def deliver(port: GeneratorPort, state: GeneratorState, adapter: AdapterRe
     except TimeoutError:
         _take_out(state, adapter, f"push of version {adapter.version} took longer than actors.push_timeout_seconds = {timeout_seconds:g}", emit)
         return None
+    except ProcessDied as error:
+        bury(state, error, emit)
+        return None
     except Exception as error:  # noqa: BLE001 - the supervisor's boundary: whatever broke, this generator is out and the run goes on
         _take_out(state, adapter, f"push of version {adapter.version} failed: {error}", emit)
         return None
@@ -59,6 +63,13 @@ async def deliver(port: GeneratorPort, state: GeneratorState, adapter: AdapterRe
     if was_out:
         emit("actor_back", f"{state.name} serves again, at version {adapter.version}", generator=state.name)
     return report
+
+
+def bury(state: GeneratorState, error: Exception, emit: Emit) -> None:
+    """The generator is gone; the others go on."""
+    if state.phase is not GeneratorPhase.DEAD:
+        emit("actor_out", f"{state.name} died: {error}", generator=state.name)
+    state.enter(GeneratorPhase.DEAD, str(error))
 
 
 def _take_out(state: GeneratorState, adapter: AdapterRef, problem: str, emit: Emit, /, **details: Any) -> None:

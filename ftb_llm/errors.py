@@ -64,7 +64,15 @@ class NotServing(WrongState):
 
 
 class EngineError(FtbError, RuntimeError):
-    """A generator's engine process died, or could not do what it was asked."""
+    """A generator's engine could not do what it was asked."""
+
+
+class RequestRefused(FtbError, ValueError):
+    """An engine won't complete this one prompt; the engine itself is well."""
+
+
+class ProcessDied(FtbError, RuntimeError):
+    """An actor, or the engine behind it, is gone for good."""
 
 
 class SetupError(FtbError, RuntimeError):

@@ -14,13 +14,15 @@ from collections.abc import Callable, Collection
 from ftb_llm.buffer import GroupBuffer
 from ftb_llm.config import Config
 from ftb_llm.datasets import PromptOrder
-from ftb_llm.delivery import Emit
-from ftb_llm.errors import NotServing, RewardError
+from ftb_llm.delivery import Emit, bury
+from ftb_llm.errors import FtbError, NotServing, RequestRefused, RewardError
 from ftb_llm.ports import GeneratorPort, RewardPort
 from ftb_llm.state import GeneratorPhase, GeneratorState
-from ftb_llm.types import Group, GroupRequest, SamplingSpec, ScoredGroup
+from ftb_llm.types import Group, GroupRequest, GroupState, SamplingSpec, ScoredGroup
 
 _REFUSED_SECONDS = 0.05
+_HOPELESS_GROUPS = 32
+_LONGEST_REST_SECONDS = 10.0
 
 
 class WorkList:
@@ -62,6 +64,7 @@ class Generation:
         self._busy = 0
         self._idle = asyncio.Event()
         self._wait_seconds = 0.0
+        self._rejected_in_a_row = 0
 
     def take_wait_seconds(self) -> float:
         """Seconds that workers waited for a place in the buffer, all of them together, since the last call."""
@@ -79,8 +82,10 @@ class Generation:
 
     async def work_forever(self, port: GeneratorPort, state: GeneratorState) -> None:
         """One worker: one group after the other until its generator dies or the run drains."""
-        while state.phase is not GeneratorPhase.DEAD:
+        while True:
             await state.serving.wait()
+            if state.phase is GeneratorPhase.DEAD:
+                return None
             waiting_since = time.monotonic()
             await self._buffer.reserve()
             self._wait_seconds += time.monotonic() - waiting_since
@@ -105,17 +110,34 @@ class Generation:
 
     async def _one_group(self, port: GeneratorPort, state: GeneratorState) -> None:
         number = self._work.take()
-        group = await self._generate(port, state, number)
+        try:
+            group = await self._generate(port, state, number)
+        except RequestRefused as error:
+            return await self._reject(self._empty_group(number, state), "refused", error)
         if group is None:
             self._work.put_back(number)
             return await self._buffer.release()
         try:
             rewards = await self._rewards.score(group)
         except RewardError as error:
-            await self._buffer.reject(group, error.reason)
-            self._emit("rejected", f"group {group.id} rejected, {error}", reason=error.reason, group=group.id)
-            return
+            return await self._reject(group, error.reason, error)
         await self._buffer.put(ScoredGroup(group=group, rewards=rewards))
+        self._rejected_in_a_row = 0
+
+    async def _reject(self, group: Group, reason: str, error: FtbError) -> None:
+        """Count it and go on; when nothing gets through any more, more and more slowly, and not at all if nothing ever did."""
+        await self._buffer.reject(group, reason)
+        self._emit("rejected", f"group {group.id} rejected, {error}", reason=reason, group=group.id)
+        self._rejected_in_a_row += 1
+        accounts = self._buffer.accounting
+        if accounts.groups[GroupState.REJECTED] == accounts.generated >= _HOPELESS_GROUPS:
+            raise FtbError(f"the first {accounts.generated} groups were all rejected, the last one because: {error}")
+        if self._rejected_in_a_row > _HOPELESS_GROUPS:
+            await asyncio.sleep(min(_LONGEST_REST_SECONDS, 2.0 ** (self._rejected_in_a_row - _HOPELESS_GROUPS - 5)))
+
+    def _empty_group(self, number: int, state: GeneratorState) -> Group:
+        """A group that came to nothing, for the books."""
+        return Group(id=group_id(number), prompt=self._prompts[number], completions=(), generator=state.name, generate_seconds=0.0)
 
     async def _generate(self, port: GeneratorPort, state: GeneratorState, number: int) -> Group | None:
         state.groups_in_flight += 1
@@ -124,10 +146,10 @@ class Generation:
         except NotServing:
             await asyncio.sleep(_REFUSED_SECONDS)  # the push report that explains it is on its way to the delivery loop
             return None
+        except RequestRefused:
+            raise
         except Exception as error:  # noqa: BLE001 - the supervisor's boundary: an engine or actor that broke is dead, the others go on
-            if state.phase is not GeneratorPhase.DEAD:
-                self._emit("actor_out", f"{state.name} died: {error}", generator=state.name)
-            state.enter(GeneratorPhase.DEAD, str(error))
+            bury(state, error, self._emit)
             return None
         finally:
             state.groups_in_flight -= 1

@@ -55,9 +55,13 @@ class Accounting:
         self.groups[source] -= count
         self.groups[target] += count
 
+    @property
+    def generated(self) -> int:
+        return self.groups.total()
+
     def as_dict(self) -> dict[str, Any]:
         counts = {state.value: self.groups[state] for state in GroupState}
-        return {"generated": sum(counts.values()), **counts, "reasons": dict(self.reasons)}
+        return {"generated": self.generated, **counts, "reasons": dict(self.reasons)}
 
 
 class Journal:

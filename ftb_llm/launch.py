@@ -134,15 +134,15 @@ def default_name(config: Config) -> str:
     return f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def newest_checkpoint(run_dir: RunDir) -> str:
+def newest_checkpoint(run_dir: RunDir) -> Path:
     checkpoint = run_dir.newest_checkpoint()
     if checkpoint is None:
         raise SetupError(f"--resume: {run_dir.path} has no checkpoint to go on from")
-    return str(checkpoint)
+    return checkpoint
 
 
 async def _run(
-    config: Config, inputs: Inputs, run_dir: RunDir, journal: Journal, checkpoint: str | None, token: str | None, progress: Progress, began: float
+    config: Config, inputs: Inputs, run_dir: RunDir, journal: Journal, checkpoint: Path | None, token: str | None, progress: Progress, began: float
 ) -> int:
     """Compose the run, run it, and write its summary and report whatever its end."""
     async with AsyncExitStack() as stack:
@@ -161,6 +161,7 @@ async def _run(
             learner=learner,
             rewards=await stack.enter_async_context(RewardWorkers(config.rewards)),
             progress=progress,
+            resume_from=checkpoint,
         )
         if config.control.enabled:
             url = await stack.enter_async_context(serve(create_app(controller, token=token), config.control.host, config.control.port))
@@ -169,7 +170,7 @@ async def _run(
         memory = await stack.enter_async_context(PeakMemory(lambda: job_rss_bytes([*generators, learner])))
         interrupted = ctrl_c_stops(controller)
         try:
-            await controller.run(checkpoint)
+            await controller.run()
         finally:
             write_outcome(controller, run_dir, {"peak_rss_gib": memory.peak_gib, "total_seconds": time.monotonic() - began})
     return INTERRUPTED if interrupted.is_set() else 0

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from ftb_llm.errors import FtbError, RemoteError, SetupError
+from ftb_llm.errors import FtbError, ProcessDied, RemoteError, SetupError
 from ftb_llm.machine import core_count
 from ftb_llm.types import AdapterRef, EvalReport, Group, GroupRequest, PushReport, StepReport, StepRequest
 
@@ -55,14 +55,14 @@ async def _call(reply: Awaitable[Any]) -> Any:
         cause = error.cause
         raise (cause if isinstance(cause, FtbError) else RemoteError(f"{type(cause).__name__}: {' '.join(str(cause).split())}")) from error
     except RayActorError as error:
-        raise RemoteError(" ".join(str(error).split())) from error
+        raise ProcessDied(" ".join(str(error).split())) from error
 
 
 async def _started(reply: Awaitable[Any], name: str) -> dict[str, Any]:
     try:
         async with asyncio.timeout(_START_TIMEOUT_SECONDS):
             facts: dict[str, Any] = await _call(reply)
-    except RemoteError as error:
+    except (RemoteError, ProcessDied) as error:
         raise RemoteError(f"{name} did not start: {error}; the actors' logs are in {log_folder()}") from error
     except TimeoutError:
         raise RemoteError(f"{name} did not start within {_START_TIMEOUT_SECONDS:g} s; the actors' logs are in {log_folder()}") from None
@@ -74,7 +74,7 @@ async def _stopped(reply: Awaitable[Any], actor: Any) -> None:
     try:
         async with asyncio.timeout(_STOP_TIMEOUT_SECONDS):
             await _call(reply)
-    except (TimeoutError, RemoteError):
+    except (TimeoutError, RemoteError, ProcessDied):
         pass  # it is dead or deaf already, and killed now
     finally:
         ray.kill(actor)

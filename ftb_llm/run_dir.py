@@ -65,6 +65,11 @@ class RunDir:
         return found[-1] if found else None
 
 
+def checkpoint_step(checkpoint: Path) -> int:
+    """The step that a checkpoint folder is named after."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, allow_nan=False) + "\n")

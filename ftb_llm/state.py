@@ -71,8 +71,8 @@ class GeneratorState:
         self.phase = phase
         if problem is not None:
             self.last_error = problem
-        if phase is GeneratorPhase.SERVING:
-            self.serving.set()
+        if phase in (GeneratorPhase.SERVING, GeneratorPhase.DEAD):
+            self.serving.set()  # whoever waits for a dead one must wake up and see that it is dead
         else:
             self.serving.clear()
 

@@ -3,14 +3,17 @@
 from typing import Any
 
 from ftb_llm.buffer import GroupBuffer
-from ftb_llm.config.ledger import ConfigVersion
+from ftb_llm.config.ledger import ConfigLedger
 from ftb_llm.config.resolve import resolve_objective
 from ftb_llm.state import RunState
 
 
-def run_status(state: RunState, version: ConfigVersion, buffer: GroupBuffer) -> dict[str, Any]:
+def run_status(state: RunState, ledger: ConfigLedger, buffer: GroupBuffer) -> dict[str, Any]:
+    """The objective is the one in force at the step in progress; the config version is the newest, which may start with the next."""
     row = state.last_row
-    objective = resolve_objective(version.config.objective, state.started_step + 1)
+    version = ledger.current
+    step = max(1, state.started_step)
+    objective = resolve_objective(ledger.at_step(step).config.objective, step)
     steps_per_second = 1 / row["time/step_seconds"] if row.get("time/step_seconds") else 0.0
     return {
         "run": state.name,

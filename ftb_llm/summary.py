@@ -46,6 +46,7 @@ def summarise(run_dir: RunDir, config: Config, *, state: str, accounting: dict[s
         "speed_before_push": None,
         "speed_after_push": None,
         "speed_after_push_ratio": None,
+        "speed_after_last_push": None,
         "logprob_max_abs_diff": None,
         "logprob_mean_abs_diff": None,
         "logprob_compared": None,

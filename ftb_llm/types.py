@@ -86,11 +86,11 @@ class Group:
 
     @property
     def min_version(self) -> int:
-        return min(completion.min_version for completion in self.completions)
+        return min((completion.min_version for completion in self.completions), default=0)
 
     @property
     def max_version(self) -> int:
-        return max(completion.max_version for completion in self.completions)
+        return max((completion.max_version for completion in self.completions), default=0)
 
     @property
     def token_count(self) -> int:

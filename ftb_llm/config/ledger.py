@@ -59,7 +59,7 @@ class ConfigLedger:
         self._versions = list(history)
         if not self._versions:
             self._versions.append(ConfigVersion(version=1, config=config, effective_step=next_step(), source="start", time=time.time()))
-        elif config != self.current.config:
+        elif config != self.current.config or self.current.effective_step > next_step():
             self._versions.append(self._successor(config, source="resume"))
 
     @property

@@ -17,6 +17,14 @@ def resolve_objective(objective: Objective, step: int) -> ObjectiveSpec:
     )
 
 
+def resolve_canary_tolerance(config: Config) -> float:
+    """Two programs agree on a sum of 32 log-probs to about 1e-4 in float32; in bfloat16 each term is only good to a few percent."""
+    given = config.actors.canary_tolerance
+    if given is not None:
+        return given
+    return 1e-3 if config.model.dtype == "float32" else 1.0
+
+
 def resolve_learning_rate(config: Config, step: int) -> float:
     """The learning rate of step `step` (the first is 1): linear warm-up, then decay that reaches zero one step after run.max_steps.
 

@@ -106,12 +106,12 @@ class Objective(Section):
 
     kind: Literal["ftb"] = Fixed("ftb", "The objective: f-Trajectory Balance with the batch normaliser of each group.")
     divergence: Divergence = Field(default_factory=Divergence, description=Divergence.__doc__)
-    beta: float = Live(0.5, "Temperature of the target pi_ref e^{r/beta} / Z.", gt=0)
+    beta: float = Live(0.5, "Temperature of the target pi_ref e^{r/beta} / Z.", ge=1e-6)
     tempered: bool = Live(False, "Use (1/beta) L(beta Delta) instead of L(Delta); practical at small beta.")
 
 
 class Sampling(Section):
-    """How completions are sampled."""
+    """How completions are sampled; a live change reaches the groups that are started after it."""
 
     group_size: int = Fixed(32, "Completions per prompt (K).", ge=2, le=4096)
     temperature: float = Live(1.0, "Sampling temperature; any value is unbiased.", ge=0.01, le=2)
@@ -132,7 +132,9 @@ class Actors(Section):
     push_every_steps: int = Live(1, "Steps between published adapters.", ge=1, lt=2**31)
     push_timeout_seconds: float = Live(60.0, "A push that takes longer counts as failed.", gt=0)
     push_retry_seconds: float = Live(2.0, "Wait before a failed push is tried again.", gt=0)
-    canary_tolerance: float = Fixed(1e-3, "Largest difference allowed between engine and learner on the canary's summed log-prob.", gt=0)
+    canary_tolerance: float | None = Fixed(
+        None, "Largest difference allowed between engine and learner on the canary's summed log-prob; null is 1e-3 in float32 and 1 in bfloat16.", gt=0
+    )
 
 
 class Staleness(Section):
@@ -190,7 +192,7 @@ class Logging(Section):
     """What is shown while training."""
 
     progress: Literal["auto", "live", "plain", "off"] = Fixed("auto", "Live panel, plain lines, or nothing; auto shows the panel on a terminal.")
-    every_steps: int = Live(10, "Steps between plain progress lines.", ge=1, lt=2**31)
+    every_steps: int = Fixed(10, "Steps between plain progress lines.", ge=1, lt=2**31)
 
 
 class Config(Section):
@@ -223,6 +225,12 @@ class Config(Section):
             problems.append(
                 f"sampling.max_tokens {self.sampling.max_tokens} leaves no room for a prompt in "
                 f"actors.max_model_len {self.actors.max_model_len}; it must be smaller"
+            )
+        limit, every = self.staleness.max_steps, self.actors.push_every_steps
+        if limit is not None and limit < every - 1:
+            problems.append(
+                f"staleness.max_steps {limit} can never be met before the next push with actors.push_every_steps {every}; "
+                f"it must be at least {every - 1}, or null"
             )
         if self.control.host not in ("127.0.0.1", "localhost", "::1") and self.control.token_env is None:
             problems.append(

@@ -47,7 +47,8 @@ class Run:
         pytest.fail(f"waited {seconds} s in vain:\n{self.output()}")
 
     def interrupt(self) -> None:
-        self.process.send_signal(signal.SIGINT)
+        """As a terminal does it on Ctrl-C: every process of the group gets the signal, not just the first."""
+        os.killpg(self.process.pid, signal.SIGINT)
 
     def exit_code(self, seconds: float) -> int:
         try:

@@ -1,11 +1,12 @@
 import asyncio
+from pathlib import Path
 
 import pytest
 
 from ftb_llm.config import build_config
 from ftb_llm.controller import Controller
 from ftb_llm.datasets import PromptOrder
-from ftb_llm.errors import FtbError, WrongState
+from ftb_llm.errors import FtbError, InvalidConfig, ProcessDied, RequestRefused, WrongState
 from ftb_llm.journal import Journal
 from ftb_llm.run_dir import RunDir
 from ftb_llm.state import GeneratorPhase, Phase
@@ -25,8 +26,8 @@ SETTINGS = {
 class Run:
     """A controller over fakes, in a folder of its own."""
 
-    def __init__(self, path, *, settings=SETTINGS, generators=None, learner=None, rewards=None, fresh=True):
-        self.run_dir = RunDir.create(path) if fresh else RunDir(path)
+    def __init__(self, path, *, settings=SETTINGS, generators=None, learner=None, rewards=None, resume_from=None):
+        self.run_dir = RunDir(path) if resume_from else RunDir.create(path)
         self.journal = Journal(path / "run.db")
         self.generators = generators or [FakeGenerator()]
         self.learner = learner or FakeLearner()
@@ -42,11 +43,12 @@ class Run:
             learner=self.learner,
             rewards=rewards or FakeRewards(),
             progress=self.progress,
+            resume_from=Path(resume_from) if resume_from else None,
         )
 
-    async def to_end(self, resume_from=None):
+    async def to_end(self):
         async with asyncio.timeout(20):
-            await self.controller.run(resume_from)
+            await self.controller.run()
         return self
 
     def events(self, kind):
@@ -143,7 +145,7 @@ async def test_a_resumed_run_goes_on_where_the_checkpoint_was(tmp_path):
     generated = set(first.journal.group_ids())
     first.journal.close()
 
-    second = await Run(tmp_path / "run", fresh=False).to_end("checkpoints/step_000003")
+    second = await Run(tmp_path / "run", resume_from="checkpoints/step_000003").to_end()
     assert [request.step for request in second.learner.requests] == [4, 5, 6]
     assert [row["step"] for row in second.run_dir.metrics()] == list(range(7))
     trained_before = {scored.group.id for request in first.learner.requests for scored in request.groups}
@@ -188,3 +190,105 @@ async def test_readiness_names_what_it_waits_for(tmp_path):
     assert run.controller.not_ready_cause() is None
     run.controller.state.last_progress -= 200
     assert "waiting for groups; serving generators: none" in run.controller.not_ready_cause()
+
+
+async def test_a_failed_audit_is_a_warning_about_a_run_that_is_saved(tmp_path):
+    class Fading(FakeGenerator):
+        async def push(self, adapter, payload):
+            self.bad_pushes = 1 if adapter.version == 6 else 0
+            return await super().push(adapter, payload)
+
+    run = await Run(tmp_path / "run", generators=[Fading()]).to_end()
+    assert run.controller.state.phase is Phase.FINISHED
+    assert run.learner.checkpoints == [4, 6]
+    assert "logprob_max_abs_diff" not in run.controller.facts
+    assert "could not be compared" in run.events("warning")[0]["message"]
+
+
+async def test_a_run_whose_generators_all_died_keeps_its_last_step(tmp_path):
+    run = Run(tmp_path / "run", generators=[FakeGenerator(dies_after=7)])
+    with pytest.raises(FtbError, match="every generator is dead"):
+        await run.to_end()
+    assert run.learner.checkpoints == [3]
+
+
+async def test_an_actor_that_dies_in_a_push_is_dead_and_does_not_hold_the_run_up(tmp_path):
+    class DiesInPush(FakeGenerator):
+        async def push(self, adapter, payload):
+            if adapter.version > 0:
+                self.serving = False
+                raise ProcessDied("the actor is gone")
+            return await super().push(adapter, payload)
+
+    run = Run(tmp_path / "run", generators=[DiesInPush()])
+    with pytest.raises(FtbError, match="every generator is dead: generator-0: the actor is gone"):
+        await run.to_end()
+
+
+async def test_a_first_adapter_that_nobody_takes_fails_the_start(tmp_path):
+    run = Run(tmp_path / "run", generators=[FakeGenerator(bad_pushes=99)])
+    with pytest.raises(FtbError, match="no generator took its first adapter: generator-0: canary failed"):
+        await run.to_end()
+
+
+async def test_a_prompt_the_engine_refuses_costs_its_group_and_no_generator(tmp_path):
+    class Picky(FakeGenerator):
+        async def generate(self, request):
+            if request.group_id.endswith("3"):
+                raise RequestRefused("the engine refused a request: no")
+            return await super().generate(request)
+
+    run = await Run(tmp_path / "run", generators=[Picky()]).to_end()
+    assert run.controller.state.phase is Phase.FINISHED
+    assert run.controller.status()["accounting"]["reasons"]["refused"] >= 1
+
+
+async def test_rewards_that_never_work_end_the_run(tmp_path):
+    run = Run(tmp_path / "run", rewards=FakeRewards(bad=set(range(1000))))
+    with pytest.raises(FtbError, match="the first 32 groups were all rejected, the last one because: raised"):
+        await run.to_end()
+    printed = [line for line in run.progress.lines if line.startswith("rejected")]
+    assert len(printed) == 6, "1, 2, 4, 8, 16, 32"
+
+
+@pytest.mark.parametrize("patch", [{"sampling": {"max_tokens": 511}}, {"objective": {"beta": 1e-310}}, {"staleness": {"max_steps": 0}}])
+async def test_a_patch_that_no_step_could_live_with_is_refused(tmp_path, patch):
+    run = Run(tmp_path / "run")
+    with pytest.raises(InvalidConfig):
+        run.controller.ledger.patch(patch, if_match="*", source="test")
+    assert run.controller.ledger.current.version == 1
+
+
+async def test_max_steps_lowered_to_the_step_in_progress_still_ends_with_that_step(tmp_path):
+    def lower(request):
+        if request.step == 4:
+            run.controller.ledger.patch({"run": {"max_steps": 4}}, if_match="*", source="test")
+
+    run = Run(tmp_path / "run", learner=FakeLearner(lower), settings=SETTINGS | {"actors": SETTINGS["actors"] | {"push_every_steps": 3}})
+    await run.to_end()
+    assert run.learner.published == [0, 3, 4] and run.learner.checkpoints[-1] == 4
+    assert "eval/exact_tv" in list(run.run_dir.metrics())[-1]
+
+
+async def test_a_stop_between_steps_still_evaluates_the_last_one(tmp_path):
+    class Slow(FakeGenerator):
+        async def generate(self, request):
+            if int(request.group_id[1:]) >= 8:
+                run.controller.request_stop("test") if run.controller.state.phase is Phase.TRAINING else None
+                await asyncio.sleep(0.01)
+            return await super().generate(request)
+
+    run = Run(tmp_path / "run", generators=[Slow()])
+    await run.to_end()
+    rows = list(run.run_dir.metrics())
+    assert [row["step"] for row in rows] == list(range(run.controller.state.step + 1))
+    assert "eval/exact_tv" in rows[-1]
+
+
+async def test_a_resumed_run_with_another_config_says_from_which_step(tmp_path):
+    first = Run(tmp_path / "run", learner=FakeLearner(lambda request: request.step == 3 and first.controller.request_stop("test")))
+    await first.to_end()
+    first.journal.close()
+    second = Run(tmp_path / "run", resume_from="checkpoints/step_000003", settings=SETTINGS | {"objective": {"beta": 0.25}})
+    assert [(version.version, version.effective_step) for version in second.controller.ledger.history()] == [(1, 1), (2, 4)]
+    assert second.events("config_change")[-1]["effective_step"] == 4

@@ -77,3 +77,13 @@ async def test_a_push_that_raises_is_named_and_tried_again():
     state, events = GeneratorState(name="generator-0"), Events()
     assert await deliver(Broken(), state, make_adapter(1), b"", timeout_seconds=1, emit=events) is None
     assert events.kinds == ["push_failed", "actor_out"] and "no such engine" in events.messages[0]
+
+
+async def test_what_is_dead_wakes_up_who_waits_for_it_and_stays_dead():
+    state = GeneratorState(name="generator-0")
+    waiting = asyncio.ensure_future(state.serving.wait())
+    await asyncio.sleep(0)
+    state.enter(GeneratorPhase.DEAD, "gone")
+    await asyncio.wait_for(waiting, 1)
+    state.enter(GeneratorPhase.SERVING)
+    assert state.phase is GeneratorPhase.DEAD

@@ -8,12 +8,12 @@ import pytest
 
 from actors.engine import SPARE_SEQUENCES, Engine, engine_environment, engine_settings, start_engine
 from ftb_llm.config import build_config
-from ftb_llm.errors import EngineError, SetupError
+from ftb_llm.errors import EngineError, ProcessDied, SetupError
 
 
 def test_cpu_engine_gets_its_cores_and_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)
-    environment = engine_environment(build_config({"actors": {"cpus_each": 3.5}}))
+    environment = engine_environment(build_config({"actors": {"cpus_each": 3.5}}), Path("/scratch"))
     assert environment["OMP_NUM_THREADS"] == "3"
     assert environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     assert {environment[name] for name in ("HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK")} == {"1"}
@@ -22,11 +22,11 @@ def test_cpu_engine_gets_its_cores_and_no_network(monkeypatch: pytest.MonkeyPatc
 
 def test_log_level_of_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
-    assert engine_environment(build_config({}))["VLLM_LOGGING_LEVEL"] == "DEBUG"
+    assert engine_environment(build_config({}), Path("/scratch"))["VLLM_LOGGING_LEVEL"] == "DEBUG"
 
 
 def test_gpu_engine_keeps_its_own_threads_and_processes() -> None:
-    environment = engine_environment(build_config({"actors": {"gpus_each": 1.0}}))
+    environment = engine_environment(build_config({"actors": {"gpus_each": 1.0}}), Path("/scratch"))
     assert not {"OMP_NUM_THREADS", "VLLM_ENABLE_V1_MULTIPROCESSING"} & set(environment)
 
 
@@ -51,7 +51,7 @@ def test_settings_of_a_gpu_engine() -> None:
 
 def test_model_folder_without_a_model_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(SetupError, match=r"model\.path: .* has no config\.json"):
-        start_engine(build_config({}), tmp_path, seed=0)
+        start_engine(build_config({}), tmp_path, seed=0, scratch=tmp_path)
 
 
 class FakeModelConfig:
@@ -80,7 +80,7 @@ class RefusingLlm(DyingLlm):
 
 
 async def test_call_that_the_dead_engine_never_answers_is_an_error() -> None:
-    with pytest.raises(EngineError, match="the engine process died"):
+    with pytest.raises(ProcessDied, match="the engine process died"):
         await Engine(DyingLlm(), Path()).name_version(1)  # type: ignore[arg-type]
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save
 
 from actors.generator import Generator, engine_seed
 from ftb_llm.config import build_config
-from ftb_llm.errors import CheckpointError, ConfigError, EngineError, NotServing, WrongState
+from ftb_llm.errors import CheckpointError, EngineError, NotServing, RequestRefused, WrongState
 from ftb_llm.types import AdapterRef, CanaryValue, Completion, FinishReason, Group, Prompt, SamplingSpec
 from tests.fakes import make_request
 from tests.tiny_llama import build
@@ -229,7 +229,7 @@ async def test_pushes_wait_for_each_other(generator: Generator, engine: FakeEngi
 async def test_prompt_that_leaves_no_room_is_refused_with_the_key(generator: Generator) -> None:
     request = make_request()
     long = Prompt(index=5, text="", token_ids=tuple(range(29)))
-    with pytest.raises(ConfigError, match=r"actors\.max_model_len: 32 is too short for prompt 5 of 29 tokens .* at least 33"):
+    with pytest.raises(RequestRefused, match=r"actors\.max_model_len 32 is too short for prompt 5 of 29 tokens .* at least 33"):
         await generator.generate(replace(request, prompt=long))
 
 

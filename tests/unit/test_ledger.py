@@ -160,14 +160,26 @@ def test_a_change_that_can_not_be_recorded_does_not_count() -> None:
 
 def test_no_patch_when_no_step_follows() -> None:
     bench = Bench()
+    is_over: list[bool] = []
 
-    def over() -> int:
-        raise WrongState("the run is over")
+    def next_step() -> int:
+        if is_over:
+            raise WrongState("the run is over")
+        return 1
 
-    ledger = ConfigLedger(Config(), next_step=over, on_change=bench.changes.append, history=bench.ledger.history())
+    ledger = ConfigLedger(Config(), next_step=next_step, on_change=bench.changes.append)
+    is_over.append(True)
     with pytest.raises(WrongState):
         ledger.patch({"objective": {"beta": 0.1}}, if_match="*", source="test")
     assert ledger.current.version == 1
+
+
+def test_the_newest_config_of_an_abandoned_future_holds_from_the_resumed_step_on() -> None:
+    before = Bench(step=90)
+    before.patch({"objective": {"beta": 0.1}})
+    resumed = Bench({"objective": {"beta": 0.1}}, step=50, history=before.ledger.history())
+    assert resumed.ledger.at_step(51).config.objective.beta == 0.1
+    assert resumed.ledger.current.effective_step == 51
 
 
 def test_a_resumed_ledger_goes_on() -> None:
