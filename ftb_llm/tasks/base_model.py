@@ -1,8 +1,9 @@
 """The tiny base model of a built-in task: built once by the project itself, cached, never downloaded.
 
-A Llama of about a million parameters learns by cross-entropy to write the task's well-formed completions, all about equally
-likely. Its weights start from a wide normal (`initializer_range`), because the output head stays frozen when the adapter is
-trained: a head of the usual width 0.02 caps the logits, and no adapter on the other layers can then reach a peaked target.
+A Llama of about a million parameters learns by cross-entropy to write the task's well-formed completions, as often as the
+task says: all cells of the hypergrid equally often, right sums more often than wrong ones. Its weights start from a wide
+normal (`initializer_range`), because the output head stays frozen when the adapter is trained: a head of the usual width
+0.02 caps the logits, and no adapter on the other layers can then reach a peaked target.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ SHAPE: dict[str, Any] = {
     "initializer_range": 0.1,
     "tie_word_embeddings": False,
 }
-TRAINING: dict[str, Any] = {"seed": 0, "steps": 200, "batch_size": 64, "learning_rate": 6e-3, "warmup_steps": 10}
+TRAINING: dict[str, Any] = {"seed": 0, "steps": 600, "batch_size": 64, "learning_rate": 3e-3, "warmup_steps": 20}
 
 
 def ensure_built(task_name: str) -> Path:
@@ -64,7 +65,7 @@ def cache_folder() -> Path:
 
 def fingerprint(task: Task) -> str:
     """A hash of everything that determines the built files."""
-    texts = {prompt: task.completions(prompt) for prompt in task.prompts()}
+    texts = {prompt: list(zip(task.completions(prompt), task.base_weights(prompt), strict=True)) for prompt in task.prompts()}
     libraries = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
     sources = [Path(file).read_text(encoding="utf-8") for file in (__file__, tokenizer.__file__)]
     return hashlib.sha256(json.dumps([texts, libraries, sources]).encode()).hexdigest()[:12]
@@ -113,27 +114,28 @@ def _model(words: "PreTrainedTokenizerFast") -> "LlamaForCausalLM":
 def _examples(task: Task, words: "PreTrainedTokenizerFast") -> tuple["torch.Tensor", "torch.Tensor"]:
     """Every (prompt, completion, end) as padded ids, with the exact distribution of the next token at each position.
 
-    The distributions are those of a writer who picks each completion equally often; they are zero where nothing is to be
-    learned, on the prompt and after the end. Whole distributions carry no sampling noise, so a short training will do.
+    The distributions are those of a writer who picks completions by the task's base weights; they are zero where nothing is
+    to be learned, on the prompt and after the end. Whole distributions carry no sampling noise: a short training will do.
     """
     import torch
 
     rows = []
-    following: dict[tuple[int, ...], Counter[int]] = {}
+    following: dict[tuple[int, ...], dict[int, float]] = {}
     for prompt in task.prompts():
         head = words.encode(prompt)
-        for completion in task.completions(prompt):
+        for completion, weight in zip(task.completions(prompt), task.base_weights(prompt), strict=True):
             row = [*head, *words.encode(completion), words.eos_token_id]
             rows.append(row)
             for position in range(len(head), len(row)):
-                following.setdefault(tuple(row[:position]), Counter())[row[position]] += 1
+                after = following.setdefault(tuple(row[:position]), defaultdict(float))
+                after[row[position]] += weight
     width = max(map(len, rows))
     ids_BT = torch.tensor([row + [words.pad_token_id] * (width - len(row)) for row in rows])
     next_BTV = torch.zeros(len(rows), width, len(words))
     for index, row in enumerate(rows):
         for position in range(1, len(row)):
-            if counts := following.get(tuple(row[:position])):
-                next_BTV[index, position - 1, list(counts)] = torch.tensor(list(counts.values())) / counts.total()
+            if weights := following.get(tuple(row[:position])):
+                next_BTV[index, position - 1, list(weights)] = torch.tensor(list(weights.values())) / sum(weights.values())
     return ids_BT, next_BTV
 
 
@@ -154,6 +156,6 @@ def _train(model: "LlamaForCausalLM", ids_BT: "torch.Tensor", next_BTV: "torch.T
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
-        if (step + 1) % 50 == 0:
+        if (step + 1) % 100 == 0:
             log.info("base model: step %d of %d, loss %.4f", step + 1, steps, losses[-1])
     return losses[-1]

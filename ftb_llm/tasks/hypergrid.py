@@ -34,6 +34,9 @@ class Hypergrid:
     def rewards(self, prompt: str) -> list[float]:
         return [landscape(prompt, row, column) for row in range(SIDE) for column in range(SIDE)]
 
+    def base_weights(self, prompt: str) -> list[float]:
+        return [1.0] * SIDE**2
+
     def modes(self, prompt: str) -> list[list[int]]:
         """The cells of each mode: one mode per quadrant about the landscape's own centre."""
         centre_row, centre_column = ((SIDE - 1) / 2 + moved for moved in LANDSCAPES[prompt])

@@ -43,6 +43,10 @@ class Task(Protocol):
 
     def rewards(self, prompt: str) -> list[float]: ...
 
+    def base_weights(self, prompt: str) -> list[float]:
+        """How often the base model writes each completion, up to a common factor."""
+        ...
+
     def modes(self, prompt: str) -> list[list[int]]:
         """Indices into `completions(prompt)`, one list per mode."""
         ...

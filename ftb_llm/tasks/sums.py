@@ -1,7 +1,7 @@
 """Sums as text: a prompt such as `12=` asks for a sum of one to three digits; 9 + 81 + 729 answers can be enumerated.
 
-The reward is verifiable, 1 for a correct sum and 0 otherwise, and every distinct correct answer counts as a mode: this is
-where a mode-covering divergence shows that it finds more of the solutions.
+The reward is verifiable, 1 for a correct sum and 0 otherwise, and every distinct correct answer counts as a mode, so the
+number of modes found is the number of solutions that the policy covers.
 """
 
 import re
@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-TARGETS = (6, 8, 10, 12, 14, 16, 18, 20)
+TARGETS = (6, 9, 12, 15)
 LONGEST = 3  # digits in a sum
 MALFORMED_REWARD = 0.0
+RIGHT_WEIGHT = 4.0  # the base model writes a right answer this much more often than a wrong one: it half knows how to add
 QUESTION = re.compile(r"([0-9]+)=")
 ANSWER = re.compile(rf"[1-9](\+[1-9]){{0,{LONGEST - 1}}}")
 
@@ -34,6 +35,9 @@ class Sums:
 
     def rewards(self, prompt: str) -> list[float]:
         return [_score(prompt, completion) for completion in self.completions(prompt)]
+
+    def base_weights(self, prompt: str) -> list[float]:
+        return [RIGHT_WEIGHT if value else 1.0 for value in self.rewards(prompt)]
 
     def modes(self, prompt: str) -> list[list[int]]:
         """One mode per distinct correct answer."""

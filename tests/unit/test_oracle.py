@@ -24,6 +24,9 @@ class Coin:
     def rewards(self, prompt: str) -> list[float]:
         return [0.0, math.log(2), math.log(4)]
 
+    def base_weights(self, prompt: str) -> list[float]:
+        return [1.0, 1.0, 1.0]
+
     def modes(self, prompt: str) -> list[list[int]]:
         return [[1], [2]]
 
