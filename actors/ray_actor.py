@@ -32,8 +32,8 @@ class GeneratorActor:
     async def score(self, prompt_ids: tuple[int, ...], completion_ids: tuple[int, ...]) -> float:
         return await self._generator.score(prompt_ids, completion_ids)
 
-    async def measure_speed(self, repeats: int = 12) -> float:
-        return await self._generator.measure_speed(repeats)
+    async def measure_speed(self) -> float:
+        return await self._generator.measure_speed()
 
     async def info(self) -> dict[str, Any]:
         return await self._generator.info()

@@ -235,8 +235,8 @@ async def test_prompt_that_leaves_no_room_is_refused_with_the_key(generator: Gen
 
 async def test_speed_is_tokens_per_second_of_the_fixed_workload(generator: Generator, engine: FakeEngine) -> None:
     before = engine.started
-    assert await generator.measure_speed(repeats=3) > 0
-    assert engine.started - before == 3 * 2  # groups in flight, each time
+    assert await generator.measure_speed(seconds=0.0) > 0
+    assert engine.started - before == 2  # one window of the groups in flight, however short the time
 
 
 async def test_stop_leaves_nothing(engine: FakeEngine, model_path: Path) -> None:
