@@ -183,7 +183,9 @@ class Engine:
             return await task
         except ProcessDied:
             raise
-        except Exception as error:  # noqa: BLE001  whatever vLLM says, with its own type left behind
+        except Exception as error:  # noqa: BLE001 - whatever vLLM says, with its own type left behind
+            if self._llm.errored:
+                raise ProcessDied("the engine process died") from None
             raise EngineError(f"the engine failed: {error}") from None
         finally:
             task.cancel()

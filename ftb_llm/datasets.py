@@ -66,13 +66,20 @@ def to_prompt(index: int, row: Mapping[str, Any], tokenizer: Tokenizer) -> Promp
     except TypeError as error:
         raise ConfigError("data.path", f"row {index}: its columns can't be handed to the rewards: {error}") from None
     if isinstance(value, str):
-        return Prompt(index=index, text=value, token_ids=tuple(tokenizer.encode(value)), columns=columns)
+        return Prompt(index=index, text=value, token_ids=_tokens(index, tokenizer.encode(value) if value else ()), columns=columns)
     if not _is_conversation(value):
         raise ConfigError("data.path", f"row {index}: prompt is {value!r}; it must be text or a list of messages with role and content")
     text = tokenizer.apply_chat_template(value, add_generation_prompt=True, tokenize=False)
     ids = tokenizer.apply_chat_template(value, add_generation_prompt=True, tokenize=True)
     token_ids = ids["input_ids"] if isinstance(ids, Mapping) else ids
-    return Prompt(index=index, text=text, token_ids=tuple(token_ids), messages=[dict(message) for message in value], columns=columns)
+    return Prompt(index=index, text=text, token_ids=_tokens(index, token_ids), messages=[dict(message) for message in value], columns=columns)
+
+
+def _tokens(index: int, token_ids: Sequence[int]) -> tuple[int, ...]:
+    """An engine can't continue nothing."""
+    if not token_ids:
+        raise ConfigError("data.path", f"row {index}: the prompt is empty; it must have at least one token")
+    return tuple(token_ids)
 
 
 def _is_conversation(value: Any) -> bool:

@@ -104,11 +104,12 @@ class ApiUnreachable(FtbError, ConnectionError):
 
 
 class ApiError(FtbError, RuntimeError):
-    """The control plane refused a request; the message is the problem's detail."""
+    """The control plane refused a request; the message is the problem's detail, `kind` the last word of its type."""
 
-    def __init__(self, status: int, detail: str) -> None:
-        super().__init__(status, detail)
+    def __init__(self, status: int, kind: str, detail: str) -> None:
+        super().__init__(status, kind, detail)
         self.status = status
+        self.kind = kind
         self.detail = detail
 
     def __str__(self) -> str:

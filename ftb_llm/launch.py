@@ -7,9 +7,8 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack, closing, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,11 @@ from ftb_llm.api.server import check_port, serve
 from ftb_llm.config import Config
 from ftb_llm.config.ledger import difference
 from ftb_llm.controller import Controller
-from ftb_llm.datasets import PromptOrder, load_prompts
-from ftb_llm.errors import ConfigError, FixedSetting, InvalidConfig, SetupError
+from ftb_llm.datasets import PromptOrder
+from ftb_llm.errors import FixedSetting, SetupError
+from ftb_llm.inputs import Inputs, read_inputs
 from ftb_llm.journal import Journal
-from ftb_llm.machine import PeakMemory, core_count, tree_rss_bytes
+from ftb_llm.machine import PeakMemory, core_count, gpu_count, tree_rss_bytes
 from ftb_llm.ports import Progress
 from ftb_llm.remote import RemoteGenerator, RemoteLearner, check_resources, running_ray
 from ftb_llm.report import write_report
@@ -31,21 +31,12 @@ from ftb_llm.rewards import RewardSet, RewardWorkers
 from ftb_llm.run_dir import RunDir
 from ftb_llm.state import Phase
 from ftb_llm.summary import summarise
-from ftb_llm.types import Prompt
+from learner.model import check_model
 from learner.ray_actor import LearnerActor
 
-_BUILTIN = "builtin:"
+JOURNAL = "run.db"
 _MADE_OF = ("model.", "data.", "run.seed", "sampling.group_size", "objective.kind")
 INTERRUPTED = 130
-
-
-@dataclass(slots=True, kw_only=True)
-class Inputs:
-    """What a run needs from outside, read and checked."""
-
-    model_path: Path
-    task: str | None  # the built-in task whose oracle applies
-    prompts: list[Prompt]
 
 
 def train(config: Config, *, resume: Path | None, progress: Progress) -> int:
@@ -53,19 +44,31 @@ def train(config: Config, *, resume: Path | None, progress: Progress) -> int:
     began = time.monotonic()
     token = check_setup(config)
     inputs = read_inputs(config, progress)
-    run_dir = RunDir.open(resume) if resume else RunDir.create(Path(config.run.dir) / (config.run.name or default_name(config)))
-    checkpoint = newest_checkpoint(run_dir) if resume else None
-    journal = Journal(run_dir.path / "run.db")
-    try:
-        check_resumed_config(journal, config)
-        run_dir.write_json("config.json", config.model_dump(mode="json"))
-        with running_ray():
-            check_resources(*wanted_resources(config))
-            return asyncio.run(_run(config, inputs, run_dir, journal, checkpoint, token, progress, began))
-    except asyncio.CancelledError:
-        raise KeyboardInterrupt from None  # a second Ctrl-C
-    finally:
-        journal.close()
+    check_model(config, inputs.model_path)
+
+    def drive(run_dir: RunDir) -> int:
+        try:
+            return asyncio.run(_run(config, inputs, run_dir, token, progress, began))
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None  # a second Ctrl-C
+
+    if resume:
+        with RunDir.open(resume).locked() as run_dir:
+            check_resumed_config(run_dir, config)
+            with ray_for(config):
+                return drive(run_dir)
+    path = Path(config.run.dir) / (config.run.name or default_name(config))
+    RunDir.check_free(path)
+    with ray_for(config), RunDir.create(path).locked() as run_dir:
+        return drive(run_dir)
+
+
+@contextmanager
+def ray_for(config: Config) -> Iterator[None]:
+    """A Ray with room for the run's actors."""
+    with running_ray():
+        check_resources(*wanted_resources(config))
+        yield
 
 
 def check_setup(config: Config) -> str | None:
@@ -74,26 +77,38 @@ def check_setup(config: Config) -> str | None:
     if config.control.enabled:
         check_port(config.control.host, config.control.port)
     if not os.environ.get("RAY_ADDRESS"):
-        cpus, _ = wanted_resources(config)
-        if cpus > core_count():
-            raise SetupError(
-                f"actors.cpus_each: {config.actors.count} x {config.actors.cpus_each:g} plus learner.cpus {config.learner.cpus:g} "
-                f"are {cpus:g} cores, but this machine has {core_count()}; lower actors.count, actors.cpus_each or learner.cpus"
-            )
+        check_machine(config)
     if config.control.token_env is None:
         return None
-    token = os.environ.get(config.control.token_env)
-    if not token:
-        raise SetupError(f"control.token_env: the environment variable {config.control.token_env} is not set; it must hold the bearer token")
-    return token
+    token = os.environ.get(config.control.token_env, "")
+    if not token.strip():
+        fault = "holds only white space" if token else "is not set"
+        raise SetupError(f"control.token_env: the environment variable {config.control.token_env} {fault}; it must hold the bearer token")
+    return token.strip()  # a line break that a file left behind can't be sent in a header
 
 
-def check_resumed_config(journal: Journal, config: Config) -> None:
+def check_machine(config: Config) -> None:
+    """This machine must hold all actors; a cluster is asked when its Ray is there."""
+    (cpus, gpus), learner, actors = wanted_resources(config), config.learner, config.actors
+    if cpus > core_count():
+        raise SetupError(
+            f"actors.cpus_each: {actors.count} x {actors.cpus_each:g} plus learner.cpus {learner.cpus:g} "
+            f"are {cpus:g} cores, but this machine has {core_count()}; lower actors.count, actors.cpus_each or learner.cpus"
+        )
+    if gpus > gpu_count():
+        raise SetupError(
+            f"actors.gpus_each: {actors.count} x {actors.gpus_each:g} plus learner.gpus {learner.gpus:g} "
+            f"are {gpus:g} GPUs, but this machine has {gpu_count()} that torch can use; lower actors.count, actors.gpus_each or learner.gpus"
+        )
+
+
+def check_resumed_config(run_dir: RunDir, config: Config) -> None:
     """A resumed run may move to other resources or schedules, but what its checkpoint and its queue are made of stays."""
-    for version in journal.configs()[-1:]:
-        changed = [key for key in difference(version.config, config) if key.startswith(_MADE_OF)]
-        if changed:
-            raise FixedSetting(changed)
+    with closing(Journal(run_dir.path / JOURNAL)) as journal:
+        for version in journal.configs()[-1:]:
+            changed = [key for key in difference(version.config, config) if key.startswith(_MADE_OF)]
+            if changed:
+                raise FixedSetting(changed)
 
 
 def wanted_resources(config: Config) -> tuple[float, float]:
@@ -102,50 +117,19 @@ def wanted_resources(config: Config) -> tuple[float, float]:
     return actors.count * actors.cpus_each + learner.cpus, actors.count * actors.gpus_each + learner.gpus
 
 
-def read_inputs(config: Config, progress: Progress) -> Inputs:
-    """The model folder (built-in ones are built on first use) and the tokenized prompts."""
-    from transformers import AutoTokenizer
-
-    from ftb_llm.tasks.base_model import ensure_built
-
-    task = config.data.path.removeprefix(_BUILTIN) if config.data.path.startswith(_BUILTIN) else None
-    builtin_model = config.model.path.startswith(_BUILTIN)
-    model_path = str(ensure_built(builtin_name("model.path", config.model.path))) if builtin_model else config.model.path
-    data_path = str(ensure_built(builtin_name("data.path", config.data.path)) / "prompts.jsonl") if task else config.data.path
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path)
-    except (OSError, ValueError) as error:
-        message = f"{config.model.path} can't be loaded: {' '.join(str(error).split())}"
-        raise InvalidConfig([ConfigError("model.path", message)]) from None
-    return Inputs(model_path=Path(model_path), task=task, prompts=load_prompts(config, data_path, tokenizer))
-
-
-def builtin_name(key: str, value: str) -> str:
-    from ftb_llm.tasks import TASKS
-
-    name = value.removeprefix(_BUILTIN)
-    if name not in TASKS:
-        raise InvalidConfig([ConfigError(key, f"{value} is no built-in; it must be one of {', '.join(_BUILTIN + task for task in TASKS)}")])
-    return name
-
-
 def default_name(config: Config) -> str:
-    stem = Path(config.data.path.removeprefix(_BUILTIN)).stem or "run"
+    stem = Path(config.data.path.removeprefix("builtin:")).stem or "run"
     return f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def newest_checkpoint(run_dir: RunDir) -> Path:
+async def _run(config: Config, inputs: Inputs, run_dir: RunDir, token: str | None, progress: Progress, began: float) -> int:
+    """Compose the run, run it, and write its summary and report whatever its end."""
     checkpoint = run_dir.newest_checkpoint()
     if checkpoint is None:
-        raise SetupError(f"--resume: {run_dir.path} has no checkpoint to go on from")
-    return checkpoint
-
-
-async def _run(
-    config: Config, inputs: Inputs, run_dir: RunDir, journal: Journal, checkpoint: Path | None, token: str | None, progress: Progress, began: float
-) -> int:
-    """Compose the run, run it, and write its summary and report whatever its end."""
+        run_dir.forget_metrics_after(-1)  # a run that never came to its first checkpoint begins again
+    run_dir.write_json("config.json", config.model_dump(mode="json"))
     async with AsyncExitStack() as stack:
+        journal = stack.enter_context(closing(Journal(run_dir.path / JOURNAL)))
         generators = [start_generator(config, inputs, index) for index in range(config.actors.count)]
         learner = start_learner(config, inputs, run_dir)
         stack.push_async_callback(learner.stop)

@@ -12,6 +12,13 @@ def core_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def gpu_count() -> int:
+    """GPUs that torch can use; it asks the driver without taking one."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def tree_rss_bytes() -> int:
     """Resident memory of this process and everything it started. Shared pages count once per process: an upper bound."""
     total = 0

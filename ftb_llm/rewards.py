@@ -12,6 +12,7 @@ import importlib
 import json
 import math
 import os
+import reprlib
 import signal
 import struct
 import sys
@@ -46,6 +47,9 @@ class RewardSet:
                     heard[index] = True
         if not all(heard):
             raise RewardError("no_reward", f"every reward function returned None for completion {heard.index(False)}")
+        for index, total in enumerate(totals):
+            if not math.isfinite(total):
+                raise RewardError("not_finite", f"the weighted sum of the rewards of completion {index} is {total}")
         return totals
 
 
@@ -88,9 +92,12 @@ def _checked(name: str, function: RewardFunction, call: dict[str, Any], count: i
 
 def _number(name: str, value: Any) -> float:
     """Anything that is a number (NumPy's and torch's scalars too) but not text that looks like one."""
-    if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
-        raise RewardError("not_a_number", f"{name} returned {value!r}; it must return floats or None")
-    number = float(value)
+    try:
+        number = float(value) if hasattr(value, "__float__") and not isinstance(value, str | bytes) else None
+    except Exception:  # noqa: BLE001 - an array of several numbers raises this in NumPy, that in torch, and the user's own class anything
+        number = None
+    if number is None:
+        raise RewardError("not_a_number", f"{name} returned {reprlib.repr(value)}; it must return floats or None")
     if not math.isfinite(number):
         raise RewardError("not_finite", f"{name} returned {number}")
     return number

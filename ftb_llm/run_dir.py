@@ -1,11 +1,13 @@
 """The run's folder: what is written where, whole lines and whole files only."""
 
+import fcntl
 import json
 import os
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ftb_llm.errors import SetupError
 
@@ -16,14 +18,24 @@ class RunDir:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """Raise what `create` would, and make nothing but the folder above: a start that fails must not block the name for the next one."""
+        if path.exists():
+            raise _taken(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _not_created(path, error) from None
+
     @classmethod
     def create(cls, path: Path) -> "RunDir":
         try:
             path.mkdir(parents=True)
         except FileExistsError:
-            raise SetupError(f"run.name: {path} exists already; choose another name, or go on with it by --resume {path}") from None
+            raise _taken(path) from None
         except OSError as error:
-            raise SetupError(f"run.dir: {path} can't be created: {error.strerror}") from None
+            raise _not_created(path, error) from None
         return cls(path)
 
     @classmethod
@@ -31,6 +43,23 @@ class RunDir:
         if not (path / "config.json").is_file():
             raise SetupError(f"--resume: {path} is not a run folder; it has no config.json")
         return cls(path)
+
+    @contextmanager
+    def locked(self) -> Iterator[Self]:
+        """Keep every other process out. The lock ends with this process, however it ends."""
+        path = self.path / ".lock"
+        try:
+            file = path.open("a")
+        except OSError as error:
+            raise SetupError(f"run.dir: {path} can't be written: {error.strerror}") from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise SetupError(f"run.name: {self.path} is in use by another process; wait until that run has ended, or choose another name") from None
+            except OSError as error:
+                raise SetupError(f"run.dir: {path} can't be locked: {error.strerror}; choose a folder on a disk that knows locks") from None
+            yield self
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         append_line(self.path / "metrics.jsonl", row)
@@ -68,6 +97,14 @@ class RunDir:
 def checkpoint_step(checkpoint: Path) -> int:
     """The step that a checkpoint folder is named after."""
     return int(checkpoint.name.removeprefix("step_"))
+
+
+def _taken(path: Path) -> SetupError:
+    return SetupError(f"run.name: {path} exists already; choose another name, or go on with it by --resume {path}")
+
+
+def _not_created(path: Path, error: OSError) -> SetupError:
+    return SetupError(f"run.dir: {path} can't be created: {error.strerror}")
 
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 It goes through accelerate, which places it on its device and, with several processes, would wrap it for them.
 """
 
+import json
 import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -14,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ftb_llm.config import Config
@@ -22,6 +23,7 @@ from ftb_llm.config.schema import Lora
 from ftb_llm.errors import CheckpointError, ConfigError, FtbError
 
 ALL_LINEAR = "all-linear"
+_WEIGHTS = "model.safetensors"
 
 
 class AdaptedModel:
@@ -92,6 +94,29 @@ class AdaptedModel:
     def parameter_counts(self) -> dict[str, int]:
         trainable, total = self.peft_model.get_nb_trainable_parameters()
         return {"parameters": total - trainable, "trainable_parameters": trainable}
+
+
+def check_model(config: Config, model_path: Path) -> None:
+    """Raise what loading and adapting the model would, from its description alone: no weight is read, no memory taken."""
+    if missing := next((name for name in weight_files(model_path) if not (model_path / name).is_file()), None):
+        raise ConfigError("model.path", f"{config.model.path} holds no {missing}; the weights must be there as safetensors")
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path))
+    except (OSError, ValueError) as error:
+        raise ConfigError("model.path", f"{config.model.path} can't be loaded: {' '.join(str(error).split())}") from None
+    check_targets(model, config.model.lora)
+
+
+def weight_files(model_path: Path) -> list[str]:
+    """The names of the files that hold the weights: one, or those that an index lists."""
+    index = model_path / f"{_WEIGHTS}.index.json"
+    if not index.is_file():
+        return [_WEIGHTS]
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError("model.path", f"{index} is no index of safetensors files") from None
 
 
 def load_base(config: Config, model_path: Path) -> PreTrainedModel:

@@ -3,10 +3,13 @@
 import json
 import math
 import random
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from ftb_llm.config import build_config
+from ftb_llm.config import Config, build_config
+from ftb_llm.config.ledger import ConfigVersion, difference
+from ftb_llm.journal import Journal
 from ftb_llm.tasks.hypergrid import SIDE, Hypergrid
 
 SWAP_STEP = 161
@@ -19,13 +22,25 @@ def write_run(run_dir: Path, *, steps: int = 400, seed: int = 0) -> Path:
     rng = random.Random(seed)
     (run_dir / "eval").mkdir(parents=True)
     config = build_config({"run": {"name": run_dir.name, "max_steps": steps}})
-    write_json(run_dir / "config.json", config.model_dump(mode="json"))
+    swapped = build_config({"run": {"name": run_dir.name, "max_steps": steps}, "objective": {"divergence": {"name": "hellinger"}}})
+    write_json(run_dir / "config.json", swapped.model_dump(mode="json"))  # a live run's config.json is the newest version
+    write_versions(run_dir, (1, "start", config), (SWAP_STEP, "rest <127.0.0.1>", swapped))
     write_lines(run_dir / "metrics.jsonl", [metrics_row(step, steps, rng) for step in range(steps + 1)])
     write_lines(run_dir / "events.jsonl", events(steps, rng))
     write_json(run_dir / "eval" / "first.json", evaluation(0, distance=1.0))
     write_json(run_dir / "eval" / "last.json", evaluation(steps, distance=0.04))
     write_json(run_dir / "summary.json", summary(run_dir.name, steps))
     return run_dir
+
+
+def write_versions(run_dir: Path, *versions: tuple[int, str, Config]) -> None:
+    """Config versions as (first step, source, config) into run.db."""
+    with closing(Journal(run_dir / "run.db")) as journal:
+        before = versions[0][2]
+        for version, (step, source, config) in enumerate(versions, start=1):
+            changed = difference(before, config)
+            journal.add_config(ConfigVersion(version=version, config=config, effective_step=step, source=source, changed=changed, time=1_760_000_000))
+            before = config
 
 
 def metrics_row(step: int, steps: int, rng: random.Random) -> dict[str, Any]:

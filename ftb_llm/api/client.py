@@ -97,5 +97,6 @@ class Client:
         if response.is_success and media_type == "application/json":
             return response
         if media_type == "application/problem+json":
-            raise ApiError(response.status_code, response.json()["detail"])
+            problem = response.json()
+            raise ApiError(response.status_code, problem["type"].rpartition(":")[2], problem["detail"])
         raise ApiUnreachable(f"{self.url} is not an ftb_llm control plane: {method} {path} answered {response.status_code} {media_type}")

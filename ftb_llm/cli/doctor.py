@@ -33,8 +33,14 @@ class Finding:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--port", type=int, default=8000, help="port that the control plane will use (default: 8000)")
+    parser.add_argument("--port", type=port_number, default=8000, help="port that the control plane will use (default: 8000)")
     add_json(parser)
+
+
+def port_number(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text} is wrong: it should be 1 to 65535")
+    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:

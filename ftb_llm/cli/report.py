@@ -3,6 +3,7 @@
 import argparse
 
 from ftb_llm.cli.command import Command, add_json, find_run, print_json
+from ftb_llm.errors import SetupError
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -13,7 +14,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ftb_llm.report import write_report
 
-    page = write_report(find_run(args.run))
+    folder = find_run(args.run)
+    if not (folder / "config.json").is_file():
+        raise SetupError(f"{folder} is not a run folder; it has no config.json")
+    page = write_report(folder)
     if args.json:
         print_json({"report": str(page)})
     else:

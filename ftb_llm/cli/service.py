@@ -15,6 +15,7 @@ from ftb_llm.errors import ApiError, FtbError
 from ftb_llm.progress import ENDED, make_progress, status_rows
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+LONGEST_INTERVAL_SECONDS = 86_400.0
 
 
 def add_connection(parser: argparse.ArgumentParser) -> None:
@@ -35,8 +36,19 @@ def configure_plain(parser: argparse.ArgumentParser) -> None:
 
 def configure_watch(parser: argparse.ArgumentParser) -> None:
     add_connection(parser)
-    parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="time between two looks (default: 1)")
+    parser.add_argument("--interval", type=interval, default=1.0, metavar="SECONDS", help="time between two looks (default: 1)")
     parser.add_argument("--json", action="store_true", help="print one line of JSON per look")
+
+
+def interval(text: str) -> float:
+    """Seconds that `time.sleep` takes and a person would wait."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= LONGEST_INTERVAL_SECONDS:
+        raise argparse.ArgumentTypeError(f"{text} is wrong: it should be seconds above 0, at most {LONGEST_INTERVAL_SECONDS:g}")
+    return seconds
 
 
 def configure_set(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +101,7 @@ def run_set(args: argparse.Namespace) -> int:
     try:
         answer = connect(args).patch(patch)
     except ApiError as error:
-        if error.status in (409, 422):  # a fixed setting, or a bad value
+        if error.status == 422 or error.kind == "fixed-setting":  # the words are wrong; the run's state, another 409, is nobody's mistake
             raise UsageError(error.detail) from None
         raise
     if args.json:

@@ -1,7 +1,9 @@
 """What a run wrote down, read for the report. Whatever is not there yet is empty."""
 
 import json
+import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ class RunFiles:
     """The files of one run."""
 
     name: str
-    config: dict[str, Any]
+    config: dict[str, Any]  # as it is now
+    versions: list[Row]  # of the config, oldest first, from run.db
     summary: dict[str, Any]
     rows: list[Row]  # metrics.jsonl
     events: list[Row]
@@ -32,6 +35,15 @@ class RunFiles:
     def metrics_below(self, prefix: str) -> list[str]:
         return sorted({name for row in self.rows for name in row if name.startswith(prefix)})
 
+    def versions_in_force(self) -> list[Row]:
+        """The versions that governed a step: a version replaces those that were to start where it does, or later."""
+        kept: list[Row] = []
+        for version in self.versions:
+            while kept and kept[-1]["effective_step"] >= version["effective_step"]:
+                kept.pop()
+            kept.append(version)
+        return kept
+
     def events_of(self, *kinds: str) -> list[Row]:
         return [event for event in self.events if event["kind"] in kinds]
 
@@ -42,6 +54,7 @@ def read_run(run_dir: Path) -> RunFiles:
     return RunFiles(
         name=run_dir.resolve().name,
         config=_json(run_dir / "config.json"),
+        versions=_versions(run_dir / "run.db"),
         summary=_json(run_dir / "summary.json"),
         rows=_lines(run_dir / "metrics.jsonl"),
         events=_lines(run_dir / "events.jsonl"),
@@ -65,6 +78,23 @@ def _json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise SetupError(f"{path} is not JSON: {error}") from None
     return document
+
+
+def _versions(path: Path) -> list[Row]:
+    if not path.is_file():
+        return []
+    # Without a log beside it the file has no writer: declared immutable, it can be read from a disk that can't be written.
+    alone = not path.with_name(f"{path.name}-wal").exists()
+    address = f"{path.resolve().as_uri()}?{'immutable=1' if alone else 'mode=ro'}"
+    try:
+        with closing(sqlite3.connect(address, uri=True)) as db:
+            rows = db.execute("SELECT version, effective_step, source, changed, config FROM config_versions ORDER BY version").fetchall()
+    except sqlite3.Error as error:
+        raise SetupError(f"{path} can't be read: {error}") from None
+    return [
+        {"version": version, "effective_step": step, "source": source, "changed": json.loads(changed), "config": json.loads(config)}
+        for version, step, source, changed, config in rows
+    ]
 
 
 def _lines(path: Path) -> list[Row]:

@@ -58,7 +58,7 @@ def facts(run: RunFiles) -> str:
         "state": summary.get("state", "not finished"),
         "task": summary.get("task") or config.get("data", {}).get("path"),
         "model": config.get("model", {}).get("path"),
-        "objective at the start": sections.started_with(config) if config else None,
+        "objective at the start": sections.started_with(run.versions[0]["config"]) if run.versions else None,
         "steps": str(summary.get("steps") or (run.rows[-1]["step"] if run.rows else 0)),
         "batch": f"{learner['groups_per_step']} groups × {sampling['group_size']} completions" if learner and sampling else None,
         "generators": str(actors["count"]) if actors else None,

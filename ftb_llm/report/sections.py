@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
+from itertools import pairwise
 from typing import Any
 
 from ftb_llm.report.files import Row, RunFiles
@@ -51,13 +52,8 @@ def _verdict(row: SummaryRow) -> str:
 
 def divergence_marks(run: RunFiles) -> list[Mark]:
     """Where the divergence changed."""
-    marks = []
-    for event in run.events_of("config_change"):
-        changed = event.get("changed", {})
-        new = [str(changed[key][1]) for key in ("objective.divergence.name", "objective.divergence.alpha") if key in changed and changed[key][1] is not None]
-        if new:
-            marks.append(Mark(step=event["effective_step"], label=" ".join(new)))
-    return marks
+    names = [(version["effective_step"], divergence_text(version["config"])) for version in run.versions_in_force()]
+    return [Mark(step=step, label=name) for (_, before), (step, name) in pairwise(names) if name != before]
 
 
 def learning(run: RunFiles) -> str:
@@ -173,18 +169,23 @@ def _tv(evaluation: dict[str, Any], prompt: str) -> str:
 
 
 def config_history(run: RunFiles) -> str:
-    changes = run.events_of("config_change")
-    rows = [("1", "1", "start of the run", started_with(run.config) if run.config else "config.json is missing")]
-    rows += [(str(event["version"]), str(event["effective_step"]), str(event["source"]), change_text(event)) for event in changes]
+    """Every version that the config has had, also those that a resume added."""
+    if not run.versions:
+        return missing("No config version in this run's run.db.")
+    first, *others = run.versions
+    rows = [(str(first["version"]), str(first["effective_step"]), "start of the run", started_with(first["config"]))]
+    rows += [(str(version["version"]), str(version["effective_step"]), version["source"], change_text(version)) for version in others]
     return table(["version", "from step", "source", "change"], rows, numbers=(0, 1))
 
 
 def started_with(config: dict[str, Any]) -> str:
-    objective = config.get("objective", {})
-    divergence = objective.get("divergence", {})
-    alpha = f" {divergence['alpha']}" if divergence.get("alpha") is not None else ""
-    return f"{divergence.get('name')}{alpha}, beta {objective.get('beta')}, learning rate {config.get('learner', {}).get('learning_rate')}"
+    return f"{divergence_text(config)}, beta {config['objective']['beta']}, learning rate {config['learner']['learning_rate']}"
 
 
-def change_text(event: Row) -> str:
-    return "; ".join(f"{key}: {old} → {new}" for key, (old, new) in event.get("changed", {}).items())
+def divergence_text(config: dict[str, Any]) -> str:
+    name, alpha = (config["objective"]["divergence"][key] for key in ("name", "alpha"))
+    return str(name) if alpha is None else f"{name} {alpha}"
+
+
+def change_text(version: Row) -> str:
+    return "; ".join(f"{key}: {old} → {new}" for key, (old, new) in version["changed"].items()) or "no setting changed"

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from actors.ray_actor import GeneratorActor
 from ftb_llm.config import Config, build_config
-from ftb_llm.errors import CheckpointError, EngineError, NotServing
+from ftb_llm.errors import CheckpointError, NotServing, ProcessDied, RequestRefused
 from ftb_llm.remote import RemoteGenerator, running_ray
 from ftb_llm.types import AdapterRef, CanaryValue, FinishReason, Group, GroupRequest, Prompt, SamplingSpec
 from tests.tiny_llama import build
@@ -197,7 +197,7 @@ async def test_failed_canary_takes_the_generator_out_until_a_good_push(generator
 
 
 async def test_request_that_vllm_refuses_is_our_error(generator: RemoteGenerator) -> None:
-    with pytest.raises(EngineError, match="refused a request: temperature must be"):
+    with pytest.raises(RequestRefused, match="refused a request: temperature must be"):
         await generator.generate(request(0, temperature=5.0))
 
 
@@ -215,12 +215,12 @@ async def test_dead_engine_is_an_error_and_never_a_hang(generator: RemoteGenerat
     engine.kill()
     async with asyncio.timeout(DEADLINE):
         results = await asyncio.gather(under_way, return_exceptions=True)
-        assert isinstance(results[0], EngineError | Group)  # it may have been quicker
+        assert isinstance(results[0], ProcessDied | Group)  # it may have been quicker
         await until(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE)
-        with pytest.raises(EngineError, match="the engine process died"):
+        with pytest.raises(ProcessDied, match="the engine process died"):
             await generator.generate(request(1))
         adapter, payload = published(model_path, adapters[0], 30)
-        with pytest.raises(EngineError, match="the engine"):
+        with pytest.raises(ProcessDied, match="the engine process died"):
             await generator.push(adapter, ray.put(payload))
 
 

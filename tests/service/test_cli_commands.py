@@ -8,7 +8,8 @@ import pytest
 
 from ftb_llm.cli.main import main
 from ftb_llm.cli.service import after_contact_was_lost
-from ftb_llm.errors import ApiUnreachable
+from ftb_llm.config.ledger import ConfigLedger, ConfigVersion
+from ftb_llm.errors import ApiUnreachable, WrongState
 from tests.service.conftest import FakeRun
 
 
@@ -69,6 +70,15 @@ def test_set_refuses_in_one_line(url: str, run: FakeRun, word: str, message: str
     assert line.startswith("ftb-llm: error: ")
     assert message in line
     assert run.ledger.current.version == 1
+
+
+def test_set_on_a_run_that_is_ending_is_a_failure_not_a_mistake(url: str, run: FakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(version: ConfigVersion) -> None:
+        raise WrongState("the run is stopping; no step will follow")
+
+    run.ledger = ConfigLedger(run.ledger.current.config, next_step=lambda: 12, on_change=refuse)
+    assert main(["set", "objective.beta=0.25", "--url", url]) == 1
+    assert capsys.readouterr().err == "ftb-llm: error: the run is stopping; no step will follow\n"
 
 
 def test_stop_and_checkpoint(url: str, run: FakeRun, capsys: pytest.CaptureFixture[str]) -> None:

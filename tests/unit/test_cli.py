@@ -16,6 +16,7 @@ from ftb_llm.config import load_config
 from tests.synthetic_run import write_run
 
 ROOT = Path(__file__).parents[2]
+INTERVAL = "is wrong: it should be seconds above 0, at most 86400; see ftb-llm watch --help"
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +67,12 @@ def test_no_command_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "no.yaml"], "config file no.yaml can't be read: No such file or directory"),
         (["train", "--dry-run", "objective.bta=1"], "objective.bta: unknown setting; did you mean objective.beta?"),
         (["train", "--resume", "nowhere"], "run nowhere not found: neither nowhere nor runs/nowhere is a folder"),
+        (["doctor", "--port", "99999"], "argument --port: 99999 is wrong: it should be 1 to 65535; see ftb-llm doctor --help"),
+        (["doctor", "--port", "x"], "argument --port: x is wrong: it should be 1 to 65535; see ftb-llm doctor --help"),
+        (["watch", "--interval", "-1"], f"argument --interval: -1 {INTERVAL}"),
+        (["watch", "--interval", "0"], f"argument --interval: 0 {INTERVAL}"),
+        (["watch", "--interval", "nan"], f"argument --interval: nan {INTERVAL}"),
+        (["watch", "--interval", "1e300"], f"argument --interval: 1e300 {INTERVAL}"),
         (["report", "nowhere"], "run nowhere not found: neither nowhere nor runs/nowhere is a folder"),
     ],
 )
@@ -141,6 +148,12 @@ def test_report_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out == f"{run / 'report.html'}\n"
     assert main(["report", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"report": str(run / "report.html")}
+
+
+def test_report_wants_a_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path)]) == 2
+    assert error_lines(capsys) == [f"ftb-llm: error: {tmp_path} is not a run folder; it has no config.json"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from ftb_llm.config import build_config
-from ftb_llm.datasets import PromptOrder, load_prompts
-from ftb_llm.errors import FtbError
+from ftb_llm.datasets import PromptOrder, load_prompts, to_prompt
+from ftb_llm.errors import ConfigError, FtbError
 from tests.fakes import make_prompt
 
 
@@ -57,6 +57,8 @@ def test_a_conversation_goes_through_the_chat_template(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
+        ([{"prompt": "ok"}, {"prompt": ""}], "row 1: the prompt is empty; it must have at least one token"),
+        ([{"prompt": "   "}], "row 0: the prompt is empty; it must have at least one token"),
         ([{"question": "x"}], r"columns \['question'\] but no prompt column"),
         ([{"prompt": 3}], "row 0: prompt is 3; it must be text or a list of messages"),
         (
@@ -69,6 +71,15 @@ def test_a_wrong_row_is_named(tmp_path, rows, message):
     with pytest.raises(FtbError, match=message) as caught:
         load(write_rows(tmp_path / "a.jsonl", *rows))
     assert "data.path" in str(caught.value)
+
+
+def test_an_empty_prompt_is_refused_even_where_the_tokenizer_marks_its_beginning():
+    class Marking(WordTokenizer):
+        def encode(self, text: str) -> list[int]:
+            return [1, *super().encode(text)]
+
+    with pytest.raises(ConfigError, match=r"data\.path: row 4: the prompt is empty"):
+        to_prompt(4, {"prompt": ""}, Marking())
 
 
 def test_a_missing_file_is_named():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ftb_llm.errors import CheckpointError, ConfigError, FtbError
-from learner.model import AdaptedModel
+from learner.model import AdaptedModel, check_model
 from tests import tiny_llama
 
 
@@ -61,6 +61,42 @@ def test_a_tied_head_is_refused(tmp_path: Path) -> None:
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.path: .* can't be loaded"):
         adapted(tmp_path)
+
+
+def test_the_check_finds_what_loading_would(path: Path) -> None:
+    check_model(tiny_llama.tiny_config(), path)
+    check_model(tiny_llama.tiny_config(model={"lora": {"targets": ["q_proj"]}}), path)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "qkv"], ["embed_tokens"], []])
+def test_the_check_refuses_wrong_targets(path: Path, targets: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"model\.lora\.targets: .* it should be all-linear"):
+        check_model(tiny_llama.tiny_config(model={"lora": {"targets": targets}}), path)
+
+
+def test_the_check_refuses_a_folder_without_weights(tmp_path: Path) -> None:
+    tiny_llama.build(tmp_path)
+    config = tiny_llama.tiny_config(model={"path": str(tmp_path)})
+    (tmp_path / "model.safetensors").rename(tmp_path / "part-1.safetensors")
+    with pytest.raises(ConfigError, match=r"model\.path: .* holds no model\.safetensors"):
+        check_model(config, tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "part-1.safetensors"}}')
+    check_model(config, tmp_path)
+    index.write_text('{"weight_map": {"a": "part-1.safetensors", "b": "part-2.safetensors"}}')
+    with pytest.raises(ConfigError, match=r"holds no part-2\.safetensors"):
+        check_model(config, tmp_path)
+    index.write_text("[]")
+    with pytest.raises(ConfigError, match="is no index"):
+        check_model(config, tmp_path)
+
+
+def test_the_check_refuses_a_config_that_is_no_language_model(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "config.json").write_text('{"model_type": "nonsense"}')
+    with pytest.raises(ConfigError, match=r"model\.path: .* can't be loaded") as caught:
+        check_model(tiny_llama.tiny_config(), tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_reference_is_the_model_without_its_adapter(path: Path) -> None:

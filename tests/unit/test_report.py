@@ -6,21 +6,25 @@ import re
 import struct
 import zlib
 from collections import Counter
+from contextlib import closing
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from ftb_llm.config import build_config
 from ftb_llm.errors import SetupError
+from ftb_llm.journal import Journal
 from ftb_llm.report import summary_rows, write_report
-from ftb_llm.report.files import thin
+from ftb_llm.report.files import read_run, thin
 from ftb_llm.report.heatmap import PALETTE, heat_png
 from ftb_llm.report.page import PARTS
-from ftb_llm.report.sections import _bars
+from ftb_llm.report.sections import _bars, divergence_marks
 from ftb_llm.report.summary import judged_rows
 from ftb_llm.report.svg import Axis, Mark, Series, line_chart, nice_ticks, value_axis
-from tests.synthetic_run import SWAP_STEP, summary, write_run
+from tests.synthetic_run import SWAP_STEP, summary, write_run, write_versions
 
+CHANGES = (("reverse_kl", 0.5), ("tv", 0.5), ("tv", 0.25))
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
@@ -100,6 +104,34 @@ def test_a_change_of_divergence_is_marked_in_the_curves(page: Path) -> None:
     assert page.read_text(encoding="utf-8").count('class="mark-label"') >= 10  # reward, TV, and each divergence
 
 
+def test_the_report_starts_with_the_first_config_not_with_the_newest(page: Path) -> None:
+    """config.json is rewritten at each live change; run.db keeps every version."""
+    text = read(page).text
+    assert text[text.index("objective at the start") + 1] == "reverse_kl, beta 0.5, learning rate 0.003"
+    assert text[text.index("start of the run") + 1] == "reverse_kl, beta 0.5, learning rate 0.003"
+
+
+def test_versions_that_a_resume_added_are_in_the_history(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=20)
+    (run / "run.db").unlink()
+    first, second, third = (build_config({"objective": {"divergence": {"name": name}, "beta": beta}}) for name, beta in CHANGES)
+    write_versions(run, (1, "start", first), (15, "rest", second), (11, "resume", second), (13, "resume", third))
+    text = read(write_report(run)).text
+    assert "objective.beta: 0.5 → 0.25" in text
+    assert "no setting changed" in text
+    # The change that was to come at step 15 came at 11, when the run went on from step 10.
+    assert [(mark.step, mark.label) for mark in divergence_marks(read_run(run))] == [(11, "tv")]
+
+
+def test_a_report_leaves_run_db_as_it_was(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=5)
+    before = {path.name for path in run.iterdir()}
+    write_report(run)
+    assert {path.name for path in run.iterdir()} == before | {"report.html"}
+    with closing(Journal(run / "run.db")):  # a live run
+        assert "start of the run" in read(write_report(run)).text
+
+
 def test_an_empty_run_says_what_is_missing(tmp_path: Path) -> None:
     text = "\n".join(read(write_report(tmp_path)).text)
     for words in (
@@ -109,6 +141,7 @@ def test_an_empty_run_says_what_is_missing(tmp_path: Path) -> None:
         "No adapter has been pushed",
         "No accounting yet",
         "No events.jsonl",
+        "No config version",
     ):
         assert words in text, words
 
@@ -153,6 +186,10 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", steps=5)
     (run / "summary.json").write_text("{oops")
     with pytest.raises(SetupError, match=r"summary\.json is not JSON"):
+        write_report(run)
+    (run / "summary.json").unlink()
+    (run / "run.db").write_text("no database " * 100)
+    with pytest.raises(SetupError, match=r"run\.db can't be read"):
         write_report(run)
 
 

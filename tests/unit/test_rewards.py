@@ -36,6 +36,29 @@ CODE = """
     def text(completions, **kwargs):
         return ["1.0"] * len(completions)
 
+    def arrays(completions, **kwargs):
+        import numpy
+        return [numpy.zeros(2)] * len(completions)
+
+    def tensors(completions, **kwargs):
+        import torch
+        return [torch.zeros(2)] * len(completions)
+
+    def large(completions, **kwargs):
+        return [10 ** 400] * len(completions)
+
+    def strange(completions, **kwargs):
+        class Strange:
+            def __float__(self):
+                raise OSError("no")
+            def __repr__(self):
+                raise KeyError("no")
+        return [Strange()] * len(completions)
+
+    def scalars(completions, **kwargs):
+        import numpy
+        return [numpy.float32(0.5)] * len(completions)
+
     def slow(completions, **kwargs):
         time.sleep(3600)
 
@@ -85,6 +108,10 @@ def test_none_means_nothing_to_say(module):
         ("short", "wrong_length"),
         ("nan", "not_finite"),
         ("text", "not_a_number"),
+        ("arrays", "not_a_number"),
+        ("tensors", "not_a_number"),
+        ("large", "not_a_number"),
+        ("strange", "not_a_number"),
     ],
 )
 def test_a_bad_reward_becomes_a_reason(module, name, reason):
@@ -92,6 +119,17 @@ def test_a_bad_reward_becomes_a_reason(module, name, reason):
         score(module, name)
     assert caught.value.reason == reason
     assert module in str(caught.value) or reason == "no_reward"
+
+
+def test_a_scalar_of_numpy_is_a_number(module):
+    assert score(module, "scalars") == [0.5, 0.5]
+
+
+def test_a_sum_that_is_not_finite_becomes_a_reason(module):
+    """Each reward is finite, their weighted sum is not."""
+    with pytest.raises(RewardError, match="the weighted sum of the rewards of completion 0 is inf") as caught:
+        score(module, "length", "scalars", weights=[1e308, 1e308])
+    assert caught.value.reason == "not_finite"
 
 
 def test_a_conversation_reaches_the_reward_as_messages():
@@ -109,7 +147,7 @@ def test_a_reward_that_is_not_there_is_refused_by_name(module, path):
         load_function(path)
 
 
-@pytest.mark.parametrize(("name", "reason"), [("slow", "timeout"), ("dies", "crashed"), ("raises", "raised")])
+@pytest.mark.parametrize(("name", "reason"), [("slow", "timeout"), ("dies", "crashed"), ("raises", "raised"), ("arrays", "not_a_number")])
 async def test_a_worker_outlives_a_bad_reward(module, name, reason):
     """The group gets its reason, and the next one is scored as if nothing had happened."""
     config = Rewards(functions=[Reward(function=f"{module}:{name}")], timeout_seconds=1.0)

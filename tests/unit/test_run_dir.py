@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -10,6 +12,33 @@ def test_a_run_folder_is_never_overwritten(tmp_path):
     RunDir.create(tmp_path / "a")
     with pytest.raises(SetupError, match=r"run.name.*exists already.*--resume"):
         RunDir.create(tmp_path / "a")
+
+
+def test_a_name_is_checked_without_taking_it(tmp_path):
+    RunDir.check_free(tmp_path / "runs" / "a")
+    assert not (tmp_path / "runs" / "a").exists()
+    RunDir.create(tmp_path / "runs" / "a")
+    with pytest.raises(SetupError, match=r"run.name.*exists already"):
+        RunDir.check_free(tmp_path / "runs" / "a")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SetupError, match=r"run.dir: .*can't be created"):
+        RunDir.check_free(tmp_path / "file" / "a")
+
+
+def test_a_run_folder_has_one_user_at_a_time(tmp_path):
+    run_dir = RunDir.create(tmp_path / "a")
+    code = f"from pathlib import Path; from ftb_llm.run_dir import RunDir\nwith RunDir(Path({str(tmp_path / 'a')!r})).locked(): print('in')"
+    with run_dir.locked() as own:
+        assert own is run_dir
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        assert other.returncode != 0
+        assert f"SetupError: run.name: {tmp_path / 'a'} is in use by another process" in other.stderr
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout == "in\n"
+
+
+def test_what_goes_wrong_under_the_lock_is_not_blamed_on_it(tmp_path):
+    with pytest.raises(BlockingIOError), RunDir.create(tmp_path / "a").locked():
+        raise BlockingIOError
 
 
 def test_only_a_run_folder_can_be_opened(tmp_path):
