@@ -57,7 +57,8 @@ def configure_set(parser: argparse.ArgumentParser) -> None:
 
 
 def run_status(args: argparse.Namespace) -> int:
-    status = connect(args).status()
+    with connect(args) as client:
+        status = client.status()
     if args.json:
         print_json(status)
     else:
@@ -66,19 +67,19 @@ def run_status(args: argparse.Namespace) -> int:
 
 
 def run_watch(args: argparse.Namespace) -> int:
-    client = connect(args)
-    status = client.status()
-    mode = "json" if args.json else "auto"
-    with make_progress(mode, status.get("max_steps") or 0, sys.stdout, every_steps=1) as progress:
-        while True:
-            progress.update(status)
-            if status["state"] in ENDED:
-                return exit_code(status["state"])
-            time.sleep(args.interval)
-            try:
-                status = client.status()
-            except FtbError as error:
-                return after_contact_was_lost(status, error)
+    with connect(args) as client:
+        status = client.status()
+        mode = "json" if args.json else "auto"
+        with make_progress(mode, status.get("max_steps") or 0, sys.stdout, every_steps=1) as progress:
+            while True:
+                progress.update(status)
+                if status["state"] in ENDED:
+                    return exit_code(status["state"])
+                time.sleep(args.interval)
+                try:
+                    status = client.status()
+                except FtbError as error:
+                    return after_contact_was_lost(status, error)
 
 
 def after_contact_was_lost(last: dict[str, Any], error: FtbError) -> int:
@@ -99,7 +100,8 @@ def run_set(args: argparse.Namespace) -> int:
     for word in args.words:
         patch = merge(patch, parse_override(word))
     try:
-        answer = connect(args).patch(patch)
+        with connect(args) as client:
+            answer = client.patch(patch)
     except ApiError as error:
         if error.status == 422 or error.kind == "fixed-setting":  # the words are wrong; the run's state, another 409, is nobody's mistake
             raise UsageError(error.detail) from None
@@ -116,11 +118,15 @@ def run_set(args: argparse.Namespace) -> int:
 
 
 def run_stop(args: argparse.Namespace) -> int:
-    return show_accepted(connect(args).stop(), "stopping: the run writes a checkpoint and its report, then ends", args)
+    with connect(args) as client:
+        answer = client.stop()
+    return show_accepted(answer, "stopping: the run writes a checkpoint and its report, then ends", args)
 
 
 def run_checkpoint(args: argparse.Namespace) -> int:
-    return show_accepted(connect(args).checkpoint(), "a checkpoint will be written at the next step boundary", args)
+    with connect(args) as client:
+        answer = client.checkpoint()
+    return show_accepted(answer, "a checkpoint will be written at the next step boundary", args)
 
 
 def show_accepted(answer: dict[str, Any], sentence: str, args: argparse.Namespace) -> int:

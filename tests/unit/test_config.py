@@ -77,7 +77,7 @@ def test_an_unknown_key_like_nothing_known() -> None:
     [
         ("objective.beta", "0.1", ['"0.1"', "number"]),
         ("objective.beta", True, ["true", "number"]),
-        ("objective.beta", 0, ["0", "greater than or equal to 1e-06"]),
+        ("objective.beta", 0, ["0", "greater than or equal to 0.000001"]),
         ("run.max_steps", 1.5, ["1.5", "integer"]),
         ("run.max_steps", 0, ["0", "greater than or equal to 1"]),
         ("run.max_steps", 10**100, ["less than"]),
