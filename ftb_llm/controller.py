@@ -85,6 +85,7 @@ class Controller:
         self._stop = asyncio.Event()
         self._all_dead = asyncio.Event()
         self._checkpoint_wanted = False
+        self._checkpointed_step = self.state.step if resume_from else None
         self._published = False
         self._last_step_end = time.monotonic()
         self.facts: dict[str, Any] = {}  # measured once per run, for summary.json
@@ -282,7 +283,11 @@ class Controller:
         await asyncio.gather(*(deliver(self._ports[state.name], state, adapter, payload, timeout_seconds=timeout_seconds, emit=self.emit) for state in behind))
 
     async def _checkpoint(self) -> None:
+        """Save the present step, unless it is saved already."""
         self._checkpoint_wanted = False
+        if self._checkpointed_step == self.state.step:
+            return
+        self._checkpointed_step = self.state.step
         path = await self._learner.save_checkpoint(self.state.step)
         self.emit("checkpoint", f"checkpoint of step {self.state.step} in {path}", path=path)
 
