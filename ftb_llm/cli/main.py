@@ -21,7 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return dispatch(words)
+        code = dispatch(words)
+        sys.stdout.flush()  # here, so that a reader who has gone is noticed below and not by the interpreter's farewell
+        return code
     except InvalidConfig as error:
         for problem in error.problems:
             print_error(str(problem))
