@@ -3,6 +3,7 @@
 import statistics
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from ftb_llm.buffer import staleness
@@ -40,13 +41,7 @@ def step_row(
         "time": now,
         "config_version": config_version,
         "policy_version": policy_version,
-        "objective": {
-            "kind": objective.kind,
-            "divergence": objective.divergence,
-            "alpha": objective.alpha,
-            "beta": objective.beta,
-            "tempered": objective.tempered,
-        },
+        "objective": asdict(objective),
         **group_metrics(groups, report.step),
         "optim/loss": report.loss,
         **report.metrics,

@@ -1,5 +1,6 @@
 """`GET /v1/status` as a plain dict: what the API serves, the progress panel draws and Prometheus is given."""
 
+from dataclasses import asdict
 from typing import Any
 
 from ftb_llm.buffer import GroupBuffer
@@ -24,13 +25,7 @@ def run_status(state: RunState, ledger: ConfigLedger, buffer: GroupBuffer) -> di
         "max_steps": version.config.run.max_steps,
         "policy_version": state.policy_version,
         "config_version": version.version,
-        "objective": {
-            "kind": objective.kind,
-            "divergence": objective.divergence,
-            "alpha": objective.alpha,
-            "beta": objective.beta,
-            "tempered": objective.tempered,
-        },
+        "objective": asdict(objective),
         "actors": [generator.as_dict() for generator in state.generators],
         "buffer": {"groups": buffer.depth, "capacity": buffer.capacity},
         "staleness": {
