@@ -70,7 +70,10 @@ class Controller:
         self.state.step = self.state.started_step = checkpoint_step(resume_from) if resume_from else 0
         self.ledger = ConfigLedger(config, next_step=lambda: self.state.started_step + 1, on_change=self._record_config, history=config_history)
         for version in self.ledger.history()[len(config_history) :]:
-            journal.add_config(version) if not config_history else self._record_config(version)
+            if config_history:
+                self._record_config(version)  # a resume changed the config: that is an event
+            else:
+                journal.add_config(version)
         self.buffer = GroupBuffer(capacity=config.buffer.capacity_groups, journal=journal)
         self.buffer.forget_versions_after(self.state.step)
         self._newest = NewestAdapter()
