@@ -122,7 +122,7 @@ class Engine:
         )
         outputs = sorted(output.outputs, key=lambda one: one.index)
         texts = self._tokenizer.batch_decode([list(one.token_ids) for one in outputs], skip_special_tokens=True)
-        return tuple(_completion(one, text) for one, text in zip(outputs, texts, strict=True))
+        return tuple(_completion(one, text, spec.token_logprobs) for one, text in zip(outputs, texts, strict=True))
 
     async def score(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> float:
         """The log-prob of the completion, summed over its tokens."""
@@ -191,7 +191,7 @@ class Engine:
             task.cancel()
 
 
-def _completion(output: "CompletionOutput", text: str) -> Completion:
+def _completion(output: "CompletionOutput", text: str, token_logprobs: bool) -> Completion:
     if output.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH):
         raise EngineError(f"the engine ended a completion with {output.finish_reason!r} after {len(output.token_ids)} tokens")
     assert output.cumulative_logprob is not None
@@ -204,4 +204,11 @@ def _completion(output: "CompletionOutput", text: str) -> Completion:
         logprob=output.cumulative_logprob,
         min_version=min(versions),
         max_version=max(versions),
+        token_logprobs=_token_logprobs(output) if token_logprobs else None,
     )
+
+
+def _token_logprobs(output: "CompletionOutput") -> tuple[float, ...]:
+    """Of the sampled tokens alone, in their order."""
+    assert output.logprobs is not None
+    return tuple(position[token].logprob for position, token in zip(output.logprobs, output.token_ids, strict=True))

@@ -26,7 +26,7 @@ from ftb_llm.audit import logprob_differences, speed_around, speed_of
 from ftb_llm.buffer import GroupBuffer
 from ftb_llm.config import Config
 from ftb_llm.config.ledger import ConfigLedger, ConfigVersion
-from ftb_llm.config.resolve import resolve_learning_rate, resolve_objective
+from ftb_llm.config.resolve import resolve_learning_rate
 from ftb_llm.datasets import PromptOrder, check_prompts_fit
 from ftb_llm.delivery import NewestAdapter, deliver, deliver_forever
 from ftb_llm.errors import FtbError, WrongState
@@ -220,7 +220,7 @@ class Controller:
         request = StepRequest(
             step=step,
             config_version=version.version,
-            objective=resolve_objective(version.config.objective, step),
+            objective=self.ledger.objective_at(step),
             learning_rate=resolve_learning_rate(version.config, step),
             max_grad_norm=version.config.learner.max_grad_norm,
             groups=tuple(groups),

@@ -13,12 +13,13 @@ from collections.abc import Callable, Collection
 
 from ftb_llm.buffer import GroupBuffer
 from ftb_llm.config import Config
+from ftb_llm.config.schema import TOKEN_LEVEL
 from ftb_llm.datasets import PromptOrder
 from ftb_llm.delivery import Emit, bury
 from ftb_llm.errors import FtbError, NotServing, RequestRefused, RewardError
 from ftb_llm.ports import GeneratorPort, RewardPort
 from ftb_llm.state import GeneratorPhase, GeneratorState
-from ftb_llm.types import Group, GroupRequest, GroupState, SamplingSpec, ScoredGroup
+from ftb_llm.types import FinishReason, Group, GroupRequest, GroupState, SamplingSpec, ScoredGroup
 
 _REFUSED_SECONDS = 0.05
 _HOPELESS_GROUPS = 32
@@ -101,11 +102,18 @@ class Generation:
 
     def request(self, number: int) -> GroupRequest:
         """The group with that number; the same number always asks for the same prompt."""
-        sampling = self._config().sampling
+        config = self._config()
+        sampling = config.sampling
         return GroupRequest(
             group_id=group_id(number),
             prompt=self._prompts[number],
-            sampling=SamplingSpec(group_size=sampling.group_size, temperature=sampling.temperature, top_p=sampling.top_p, max_tokens=sampling.max_tokens),
+            sampling=SamplingSpec(
+                group_size=sampling.group_size,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                max_tokens=sampling.max_tokens,
+                token_logprobs=config.objective.kind in TOKEN_LEVEL,
+            ),
         )
 
     async def _one_group(self, port: GeneratorPort, state: GeneratorState) -> None:
@@ -117,6 +125,8 @@ class Generation:
         if group is None:
             self._work.put_back(number)
             return await self._buffer.release()
+        if self._config().objective.truncated == "reject" and (problem := truncation(group)):
+            return await self._reject(group, "truncated", problem)
         try:
             rewards = await self._rewards.score(group)
         except RewardError as error:
@@ -155,3 +165,14 @@ class Generation:
             state.groups_in_flight -= 1
         state.throughput.add(group.token_count)
         return group
+
+
+def truncation(group: Group) -> FtbError | None:
+    """What is wrong with a group that must be whole; None when every completion came to its own end."""
+    cut = [completion for completion in group.completions if completion.finish_reason is FinishReason.LENGTH]
+    if not cut:
+        return None
+    return FtbError(
+        f"truncated: {len(cut)} of {len(group.completions)} completions were cut at sampling.max_tokens {len(cut[0].token_ids)}, "
+        "and objective.truncated is reject; raise sampling.max_tokens, or set objective.truncated to keep or mask"
+    )

@@ -54,17 +54,22 @@ class RewardSet:
 
 
 def load_function(path: str) -> RewardFunction:
-    """Import `package.module:function`; the working directory counts as an import folder, as it does for `python -m`."""
-    module_name, _, function_name = path.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:  # noqa: BLE001 - a module may raise anything while it is imported
-        raise InvalidConfig([ConfigError("rewards.functions", f"{path} can't be imported: {type(error).__name__}: {error}")]) from None
+    """Import a reward function."""
+    function = load_object("rewards.functions", path)
     if not callable(function):
         raise InvalidConfig([ConfigError("rewards.functions", f"{path} is a {type(function).__name__}; it must be a function")])
     return function
+
+
+def load_object(key: str, path: str) -> Any:
+    """Import `package.module:object` for the setting `key`; the working directory counts as an import folder, as it does for `python -m`."""
+    module_name, _, name = path.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except Exception as error:  # noqa: BLE001 - a module may raise anything while it is imported
+        raise InvalidConfig([ConfigError(key, f"{path} can't be imported: {type(error).__name__}: {error}")]) from None
 
 
 def reward_call(group: Group) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from typing import Any
 
 from ftb_llm.buffer import GroupBuffer
 from ftb_llm.config.ledger import ConfigLedger
-from ftb_llm.config.resolve import resolve_objective
 from ftb_llm.state import RunState
 
 
@@ -13,8 +12,7 @@ def run_status(state: RunState, ledger: ConfigLedger, buffer: GroupBuffer) -> di
     """The objective is the one in force at the step in progress; the config version is the newest, which may start with the next."""
     row = state.last_row
     version = ledger.current
-    step = max(1, state.started_step)
-    objective = resolve_objective(ledger.at_step(step).config.objective, step)
+    objective = ledger.objective_at(max(1, state.started_step))
     steps_per_second = 1 / row["time/step_seconds"] if row.get("time/step_seconds") else 0.0
     return {
         "run": state.name,
@@ -39,7 +37,7 @@ def run_status(state: RunState, ledger: ConfigLedger, buffer: GroupBuffer) -> di
             "learn_tokens_per_second": state.learn_throughput.per_second(),
             "steps_per_second": steps_per_second,
         },
-        "divergences": below(row, "divergence/"),
+        "divergences": by_member(row),
         "reward": below(row, "reward/"),
         "eval": below(state.last_eval, "eval/"),
         "accounting": buffer.accounting.as_dict(),
@@ -50,3 +48,13 @@ def run_status(state: RunState, ledger: ConfigLedger, buffer: GroupBuffer) -> di
 def below(row: dict[str, Any], prefix: str) -> dict[str, Any]:
     """The metrics of one concern, without its name."""
     return {name.removeprefix(prefix): value for name, value in row.items() if name.startswith(prefix)}
+
+
+def by_member(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the step says of each divergence; how two of them compare (`divergence/cosine/...`) stays in the row."""
+    members: dict[str, dict[str, Any]] = {}
+    for name, value in below(row, "divergence/").items():
+        quantity, _, member = name.partition("/")
+        if quantity != "cosine":
+            members.setdefault(member, {})[quantity] = value
+    return members

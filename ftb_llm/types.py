@@ -51,6 +51,7 @@ class SamplingSpec:
     temperature: float
     top_p: float
     max_tokens: int
+    token_logprobs: bool = False  # also return each token's log-prob; only the token-level baselines read them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +73,7 @@ class Completion:
     logprob: float
     min_version: int
     max_version: int
+    token_logprobs: tuple[float, ...] | None = None  # the engine's, one per token, where they were asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,11 +118,17 @@ class ScoredGroup:
 class ObjectiveSpec:
     """The objective of one step, resolved: schedules are already evaluated at that step."""
 
-    kind: str
-    divergence: str
+    kind: str  # ftb | ppo_clip | grpo | reinforce | importance
+    divergence: str  # a name of the family, or custom
     alpha: float | None
     beta: float
     tempered: bool
+    width: float | None = None  # tv smoothed over that width
+    custom: str | None = None  # import path of the custom member
+    log_z: str = "batch"  # batch | learned
+    log_z_rate: float = 0.3
+    clip_range: float = 0.2
+    truncated: str = "keep"  # completions cut at max_tokens: keep | mask | reject
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

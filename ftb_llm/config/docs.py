@@ -5,11 +5,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from ftb_llm.config.load import all_settings, section_type
 from ftb_llm.config.schema import Config
 
 HEAD = """\
@@ -33,6 +34,30 @@ BASE_HEAD = """\
 # Every setting with its default; written by `make docs`. These values hold anyway: a config of your own needs only what differs.
 # Settings marked live may change while the run is alive. docs/configuration.md has the ranges.
 """
+NOTES = {
+    "objective": """\
+The divergence may change by plan. An `alpha` that is a ramp moves in equal steps and then stays; a `schedule` replaces the member
+at the steps that it names:
+
+```yaml
+objective:
+  divergence:
+    name: alpha
+    alpha: {from: 0.75, to: 1.2, over: 300}
+    schedule:
+      - {step: 500, name: hellinger}
+      - {step: 800, name: tv, width: 0.1}
+```
+
+A ramp begins at the first step of its member: at the step of its entry in a schedule, otherwise at the step from which on this name
+and alpha are in force without a break. A ramp set at step 150 begins at step 150, a change of the learning rate does not start it
+anew, and a resumed run goes on where it was.
+
+Both may be given to a live run, as in `ftb-llm set 'objective.divergence={name: alpha, alpha: {from: 0.75, to: 1.2, over: 300}}'`.
+A live change of the member takes the place of the one in force: another `name` drops the old one's `alpha` and `width`, and
+entries of the schedule that have begun leave it, while later ones stay. What the change itself names holds.
+"""
+}
 ROW_HEAD = "| Setting | Type | Default | Range | | Meaning |\n|---|---|---|---|---|---|"
 
 
@@ -40,27 +65,15 @@ def markdown() -> str:
     """The whole page."""
     parts = [HEAD]
     for name, section in Config.model_fields.items():
-        rows = [row(key, field) for key, field in leaves(model_of(section), f"{name}.")]
-        parts.append(f"\n## {name}\n\n{section.description}\n\n{ROW_HEAD}\n" + "".join(f"{line}\n" for line in rows))
+        rows = [row(key, field) for key, field in all_settings(model_of(section), f"{name}.")]
+        text = f"{section.description}\n\n" + (f"{NOTES[name]}\n" if name in NOTES else "")
+        parts.append(f"\n## {name}\n\n{text}{ROW_HEAD}\n" + "".join(f"{line}\n" for line in rows))
     return "".join(parts)
 
 
 def base_yaml() -> str:
     """The defaults as a config file, one comment per setting."""
     return BASE_HEAD + "".join(f"{line}\n" for line in yaml_lines(Config, ""))
-
-
-def leaves(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
-    """Every setting below a section, those of the members of lists included (`rewards.functions[].weight`)."""
-    for name, field in model.model_fields.items():
-        section = section_type(field.annotation)
-        if section is not None:
-            yield from leaves(section, f"{prefix}{name}.")
-            continue
-        yield f"{prefix}{name}", field
-        for member in map(section_type, get_args(field.annotation)):
-            if member is not None:
-                yield from leaves(member, f"{prefix}{name}[].")
 
 
 def row(key: str, field: FieldInfo) -> str:
@@ -72,6 +85,8 @@ def row(key: str, field: FieldInfo) -> str:
 def type_text(annotation: Any) -> str:
     """A type as a person would say it: `one of a, b`, `integer or null`, `list of strings`."""
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return type_text(arguments[0])
     if origin is Literal:
         return "one of " + ", ".join(f"`{value}`" for value in arguments)
     if origin in (Union, UnionType):
@@ -91,12 +106,20 @@ def range_text(field: FieldInfo) -> str:
     """The limits in words; empty when every value of the type will do."""
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     texts = []
-    for limit in field.metadata:
+    for limit in [*field.metadata, *inner_limits(field.annotation)]:
         texts += [f"{sign} {getattr(limit, name)}" for name, sign in signs.items() if getattr(limit, name, None) is not None]
         texts += ["not empty"] if getattr(limit, "min_length", None) == 1 else []
         texts += [f"at most {limit.max_length} characters"] if getattr(limit, "max_length", None) is not None else []
         texts += [f"matches `{limit.pattern}`"] if getattr(limit, "pattern", None) is not None else []
     return ", ".join(texts)
+
+
+def inner_limits(annotation: Any) -> Iterator[Any]:
+    """The limits of the alternatives of a setting, for example of the number where a number or a mapping will do."""
+    for argument in get_args(annotation) if get_origin(annotation) is not Literal else ():
+        if isinstance(argument, FieldInfo):
+            yield from argument.metadata
+        yield from inner_limits(argument)
 
 
 def yaml_lines(model: type[BaseModel], indent: str) -> Iterator[str]:
@@ -109,10 +132,6 @@ def yaml_lines(model: type[BaseModel], indent: str) -> Iterator[str]:
         else:
             yield f"{indent}{name}:  # {field.description}" if indent else f"\n{name}:  # {field.description}"
             yield from yaml_lines(section, f"{indent}  ")
-
-
-def section_type(annotation: Any) -> type[BaseModel] | None:
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 def model_of(field: FieldInfo) -> type[BaseModel]:

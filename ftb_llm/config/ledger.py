@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ftb_llm.config.load import build_config, is_live, settings
-from ftb_llm.config.schema import Config
+from ftb_llm.config.load import build_config, is_live, merge, settings
+from ftb_llm.config.resolve import resolve_objective
+from ftb_llm.config.schema import Config, Divergence, Member
 from ftb_llm.errors import ConfigError, FixedSetting, InvalidConfig, StaleConfig
+from ftb_llm.types import ObjectiveSpec
 
 KEYS = tuple(key for key, _ in settings())
 LIVE_KEYS = frozenset(key for key in KEYS if is_live(key))
@@ -81,8 +83,29 @@ class ConfigLedger:
                 return version
         raise ValueError(f"step {step} is before the first config version, which starts at step {self._versions[0].effective_step}")
 
+    def objective_at(self, step: int) -> ObjectiveSpec:
+        """The objective of `step`, its schedules evaluated: the same step of the same history always has the same."""
+        return resolve_objective(self.at_step(step).config.objective, step, self.member_since(step))
+
+    def member_since(self, step: int) -> int:
+        """The step from which on the divergence of `step` has been in force without a break, its schedule left aside.
+
+        Versions that never governed a step (replaced before it came, or of a future that a resume abandoned) don't count.
+        """
+        member, end = self.at_step(step).config.objective.divergence.first, step + 1
+        for version in reversed(self._versions):
+            if version.effective_step >= end:
+                continue
+            divergence = version.config.objective.divergence
+            if divergence.first != member or divergence.scheduled(end - 1) is not None:
+                break
+            end = version.effective_step
+        return min(end, step)
+
     def patch(self, merge_patch: Any, *, if_match: str, source: str) -> ConfigVersion:
         """Apply an RFC 7386 merge patch; a patch that changes nothing returns the current version.
+
+        A patch of the divergence's name, alpha or width takes the place of the member in force: see `_in_its_place`.
 
         Raises `StaleConfig` when `if_match` is neither `*` nor the current etag, `FixedSetting` when a fixed setting would
         change, and `InvalidConfig` when a key is unknown or the result is not a valid config.
@@ -97,6 +120,7 @@ class ConfigLedger:
         fixed = [key for key, value in leaves(merge_patch) if value is not None and value != now[key] and key not in LIVE_KEYS]
         if fixed:
             raise FixedSetting(fixed)
+        merge_patch = _in_its_place(merge_patch, self.current.config.objective.divergence, self._next_step())
         successor = self._successor(build_config(_merged(tree, merge_patch)), source=source)
         if not successor.changed:
             return self.current
@@ -155,6 +179,23 @@ def _merged(tree: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]
         else:
             merged[key] = value
     return merged
+
+
+def _in_its_place(patch: Mapping[str, Any], divergence: Divergence, step: int) -> Mapping[str, Any]:
+    """The patch, with what a new member means for the old one: its alpha and width go with it, and so does what the schedule began by `step`.
+
+    What the patch itself says about them holds.
+    """
+    objective = patch.get("objective")
+    new = objective.get("divergence") if isinstance(objective, Mapping) else None
+    if not isinstance(new, Mapping) or not new.keys() & Member.model_fields.keys():
+        return patch
+    implied: dict[str, Any] = {}
+    if new.get("name", divergence.name) != divergence.name:
+        implied |= {"alpha": None, "width": None}
+    if divergence.scheduled(step) is not None:
+        implied["schedule"] = [entry.model_dump(mode="json") for entry in divergence.schedule if entry.step > step]
+    return merge(patch, {"objective": {"divergence": implied | dict(new)}})
 
 
 def _matches(if_match: str, etag: str) -> bool:

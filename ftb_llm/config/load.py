@@ -2,15 +2,17 @@
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from ftb_llm.config.schema import Config
+from ftb_llm.config.schema import ALTERNATIVES, Config
 from ftb_llm.errors import ConfigError, InvalidConfig
 
 
@@ -57,8 +59,7 @@ def parse_override(word: str) -> dict[str, Any]:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = text
-    if isinstance(value, str):
-        value = _scientific(value)
+    value = _scientific(value)
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
@@ -76,10 +77,39 @@ def merge(base: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
 def settings(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every leaf setting as (dotted key, pydantic field info), in the order of the schema."""
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from settings(field.annotation, f"{prefix}{name}.")
+        section = section_type(field.annotation)
+        if section is not None:
+            yield from settings(section, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", field
+
+
+def all_settings(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """The same, and what lies inside a setting: `rewards.functions[].weight`, `objective.divergence.alpha.from`."""
+    for name, field in model.model_fields.items():
+        key = f"{prefix}{field.alias or name}"
+        section = section_type(field.annotation)
+        if section is None:
+            yield key, field
+        else:
+            yield from all_settings(section, f"{key}.")
+        for inner, is_member in _sections_within(field.annotation):
+            yield from all_settings(inner, f"{key}[]." if is_member else f"{key}.")
+
+
+def section_type(annotation: Any) -> type[BaseModel] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _sections_within(annotation: Any) -> Iterator[tuple[type[BaseModel], bool]]:
+    """Each section that is an alternative or a member of a setting, and whether it is a member of a list."""
+    arguments = get_args(annotation)[:1] if get_origin(annotation) is Annotated else get_args(annotation)
+    for argument in arguments:
+        section, is_list = section_type(argument), get_origin(annotation) is list
+        if section is not None:
+            yield section, is_list
+        else:
+            yield from ((inner, is_list or is_member) for inner, is_member in _sections_within(argument))
 
 
 def is_live(key: str) -> bool:
@@ -90,7 +120,7 @@ def is_live(key: str) -> bool:
 
 def explain(details: ErrorDetails) -> ConfigError:
     """One pydantic error as one line that names the key, the value and what would be right."""
-    key = ".".join(str(part) for part in details["loc"] if part not in ("str", "list[str]"))
+    key = ".".join(str(part) for part in details["loc"] if part not in ("str", "list[str]", *ALTERNATIVES))
     if details["type"] == "extra_forbidden":
         return ConfigError(key, f"unknown setting{_nearest(key)}")
     if details["type"] == "missing":
@@ -103,7 +133,8 @@ def explain(details: ErrorDetails) -> ConfigError:
 
 
 def _nearest(key: str) -> str:
-    known = [name for name, _ in settings()]
+    known = [name for name, _ in all_settings()]
+    key = re.sub(r"\.\d+(?=\.)", "[]", key)
     sections = {".".join(name.split(".")[:depth]) for name in known for depth in range(1, name.count(".") + 1)}
     near = difflib.get_close_matches(key, [*known, *sections], n=1, cutoff=0.5)
     same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
@@ -111,12 +142,16 @@ def _nearest(key: str) -> str:
     return f"; did you mean {guess[0]}?" if guess else ""
 
 
-def _scientific(text: str) -> Any:
-    """YAML 1.1 reads `1e-4` as text; a person means the number."""
+def _scientific(value: Any) -> Any:
+    """YAML 1.1 reads `1e-4` as text, also inside a list or a mapping; a person means the number."""
+    if isinstance(value, dict):
+        return {key: _scientific(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_scientific(inner) for inner in value]
     try:
-        return float(text) if text[:1] in "+-.0123456789" else text
+        return float(value) if isinstance(value, str) and value[:1] in "+-.0123456789" else value
     except ValueError:
-        return text
+        return value
 
 
 def _shown(value: Any) -> str:

@@ -2,18 +2,31 @@
 
 import math
 
-from ftb_llm.config.schema import Config, Objective
+from ftb_llm.config.schema import Config, Objective, Ramp
 from ftb_llm.types import ObjectiveSpec
 
 
-def resolve_objective(objective: Objective, step: int) -> ObjectiveSpec:
-    """The objective of step `step`. Nothing in it depends on the step yet; schedules are evaluated here."""
+def resolve_objective(objective: Objective, step: int, since: int = 1) -> ObjectiveSpec:
+    """The objective of step `step`: which member is in force by then, and how far a ramp of its alpha has come.
+
+    Args:
+        since: the step from which on the member that no schedule sets has been in force, as `ConfigLedger.member_since` knows
+            it; its ramp begins there. 1 where the config never changes.
+    """
+    scheduled = objective.divergence.scheduled(step)
+    member, first = (objective.divergence, since) if scheduled is None else (scheduled, scheduled.step)
     return ObjectiveSpec(
         kind=objective.kind,
-        divergence=objective.divergence.name,
-        alpha=objective.divergence.alpha,
+        divergence=member.name,
+        alpha=member.alpha.at(step, first) if isinstance(member.alpha, Ramp) else member.alpha,
+        width=member.width,
+        custom=objective.custom if member.name == "custom" else None,
         beta=objective.beta,
         tempered=objective.tempered,
+        log_z=objective.log_z,
+        log_z_rate=objective.log_z_rate,
+        clip_range=objective.clip_range,
+        truncated=objective.truncated,
     )
 
 

@@ -4,12 +4,16 @@
 `Fixed(...)` marks one that is settled when the run starts. Nothing heavy is imported here.
 """
 
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "pearson", "neyman", "hellinger", "tv", "js", "alpha")
-OBJECTIVES = ("ftb",)
+OBJECTIVES = ("ftb", "ppo_clip", "grpo", "reinforce", "importance")
+TOKEN_LEVEL = ("ppo_clip", "grpo")  # objectives that compare token by token, and so need each token's behaviour log-prob
+ALTERNATIVES = ("<number>", "<ramp>")  # the tags of a setting that is one thing or another: parts of an error's place, but no keys
 
 
 def Live(default: Any, meaning: str, **limits: Any) -> Any:
@@ -29,10 +33,17 @@ def _import_path(value: str) -> str:
     return value
 
 
+def _member_path(value: str) -> str:
+    module, colon, member = value.partition(":")
+    if not colon or not module or not member:
+        raise ValueError("must be written package.module:object, for example my_divergences:member")
+    return value
+
+
 class Section(BaseModel):
     """Base of every section: unknown keys fail, values are immutable, numbers are not parsed from strings."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, serialize_by_alias=True)
 
 
 class Run(Section):
@@ -86,28 +97,120 @@ class Rewards(Section):
     workers: int = Fixed(1, "Processes that compute rewards side by side.", ge=1, le=256)
 
 
-class Divergence(Section):
-    """The member of the f-divergence family whose loss is minimised."""
+class Ramp(Section):
+    """An alpha that changes by the same amount at every step, and then stays."""
 
-    name: Literal["reverse_kl", "forward_kl", "pearson", "neyman", "hellinger", "tv", "js", "alpha"] = Live("reverse_kl", "Which divergence.")
-    alpha: float | None = Live(None, "Order of the alpha-divergence; only with name alpha, and then required.", ge=-10, le=10)
+    start: float = Live(..., "Alpha at the ramp's first step.", alias="from", ge=-10, le=10)
+    to: float = Live(..., "Alpha at the ramp's end, which then stays.", ge=-10, le=10)
+    over: int = Live(..., "Steps from the first value to the last.", ge=1, lt=2**31)
+
+    def at(self, step: int, first: int) -> float:
+        """Alpha at `step` of a ramp whose first step is `first`."""
+        share = (step - first) / self.over
+        return self.to if share >= 1 else self.start + (self.to - self.start) * share
+
+    def __str__(self) -> str:
+        return f"{self.start:g} to {self.to:g} over {self.over} steps"
+
+
+def _number_or_ramp(value: Any) -> str:
+    """Which of the two a value is meant to be, so that a wrong one is measured against that alone."""
+    return "<ramp>" if isinstance(value, Mapping | Ramp) else "<number>"
+
+
+Alpha = Annotated[Annotated[float, Tag("<number>"), Field(ge=-10, le=10)] | Annotated[Ramp, Tag("<ramp>")], Discriminator(_number_or_ramp)]
+
+
+MemberName = Literal["reverse_kl", "forward_kl", "pearson", "neyman", "hellinger", "tv", "js", "alpha", "custom"]
+
+
+class Member(Section):
+    """One member of the f-divergence family."""
+
+    name: MemberName = Live(
+        "reverse_kl", "Which divergence; custom is the one that objective.custom names. A live change to another one drops the old one's alpha and width."
+    )
+    alpha: Alpha | None = Live(None, "Order of the alpha-divergence, or a ramp {from, to, over}; only with name alpha, and then required.")
+    width: float | None = Live(None, "Only with name tv: smooths its loss over that width, so that it is strictly convex; null is the exact one.", gt=0, le=10)
 
     @model_validator(mode="after")
-    def _alpha_belongs_to_alpha(self) -> "Divergence":
+    def _goes_together(self) -> Self:
         if self.name == "alpha" and self.alpha is None:
             raise ValueError("name alpha needs alpha, for example 0.5")
         if self.name != "alpha" and self.alpha is not None:
-            raise ValueError(f"alpha {self.alpha} only goes with name alpha, not with {self.name}")
+            raise ValueError(f"alpha {self.alpha} only goes with name alpha, not with {self.name}; set name to alpha, or alpha to null")
+        if self.name != "tv" and self.width is not None:
+            raise ValueError(f"width {self.width} only goes with name tv, not with {self.name}; set name to tv, or width to null")
         return self
+
+    @property
+    def text(self) -> str:
+        """The member in a few words: `hellinger`, `alpha 0.75 to 1.2 over 300 steps`, `tv of width 0.1`."""
+        if self.alpha is not None:
+            return f"alpha {self.alpha}"
+        return self.name if self.width is None else f"{self.name} of width {self.width:g}"
+
+
+class ScheduledMember(Member):
+    """The member that takes over at a step."""
+
+    name: MemberName = Live(..., "Which divergence.")
+    step: int = Live(..., "The first step under this member; a ramp of its alpha begins there.", ge=1, lt=2**31)
+
+
+class Divergence(Member):
+    """The member of the f-divergence family whose loss is minimised."""
+
+    schedule: list[ScheduledMember] = Live(
+        [],
+        "Members that take over later, in the order of their steps: of those whose step has come, the last one is in force.",
+    )
+
+    @field_validator("schedule")
+    @classmethod
+    def _steps_increase(cls, schedule: list[ScheduledMember]) -> list[ScheduledMember]:
+        for before, after in pairwise(schedule):
+            if after.step <= before.step:
+                raise ValueError(f"step {after.step} stands after step {before.step}; the steps must increase")
+        return schedule
+
+    @property
+    def first(self) -> Member:
+        """The member that the schedule replaces."""
+        return Member(name=self.name, alpha=self.alpha, width=self.width)
+
+    def scheduled(self, step: int) -> ScheduledMember | None:
+        """The member that the schedule puts into force at `step`; None as long as the first one is."""
+        return next((entry for entry in reversed(self.schedule) if entry.step <= step), None)
 
 
 class Objective(Section):
     """What a step minimises."""
 
-    kind: Literal["ftb"] = Fixed("ftb", "The objective: f-Trajectory Balance with the batch normaliser of each group.")
+    kind: Literal["ftb", "ppo_clip", "grpo", "reinforce", "importance"] = Fixed(
+        "ftb",
+        "ftb is f-Trajectory Balance. The others are baselines on the same samples: PPO with a clipped ratio, GRPO, REINFORCE with the KL in the reward, and "
+        "the importance-weighted gradient of the divergence. They need sampling.temperature 1 and top_p 1; all but importance ignore the divergence.",
+    )
     divergence: Divergence = Field(default_factory=Divergence, description=Divergence.__doc__)
+    custom: Annotated[str, AfterValidator(_member_path)] | None = Fixed(
+        None, "Import path package.module:object of a Divergence, or of a function without arguments that makes one; the member called custom."
+    )
     beta: float = Live(0.5, "Temperature of the target pi_ref e^{r/beta} / Z.", ge=1e-6)
     tempered: bool = Live(False, "Use (1/beta) L(beta Delta) instead of L(Delta); practical at small beta.")
+    log_z: Literal["batch", "learned"] = Fixed(
+        "batch", "Where log Z comes from: batch minimises the loss over each group; learned keeps one value per prompt and moves it step by step."
+    )
+    log_z_rate: float = Live(
+        0.3, "How far a learned log Z moves down its prompt's mean slope per step; with reverse_kl, the share of the way to the groups' own value.", gt=0, le=1
+    )
+    clip_range: float = Live(0.2, "How far the ratio of ppo_clip and grpo may leave 1 before its gradient is cut.", gt=0, le=1)
+    truncated: Literal["keep", "mask", "reject"] = Live(
+        "keep",
+        "What becomes of completions that are cut at sampling.max_tokens. keep: such a completion is an outcome of the process that samples at most max_tokens "
+        "tokens, with exactly the summed log-prob that it has, so the loss stays exact and its reward, usually low, pushes it down. mask: it is left out of "
+        "loss and normaliser, and the policy is told nothing about it. reject: its whole group is rejected, counted with reason truncated.",
+    )
 
 
 class Sampling(Section):
@@ -215,7 +318,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> "Config":
-        problems = []
+        problems = [*_objective_problems(self.objective, self.sampling)]
         if self.buffer.capacity_groups < self.learner.groups_per_step:
             problems.append(
                 f"buffer.capacity_groups {self.buffer.capacity_groups} can never fill a step of "
@@ -239,3 +342,16 @@ class Config(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+
+def _objective_problems(objective: Objective, sampling: Sampling) -> Iterator[str]:
+    members = [objective.divergence, *objective.divergence.schedule]
+    if objective.custom is None and any(member.name == "custom" for member in members):
+        yield "objective.divergence.name custom needs objective.custom: the import path package.module:object of the divergence"
+    if objective.kind == "ftb":
+        return
+    if objective.log_z == "learned":
+        yield f"objective.log_z learned only goes with objective.kind ftb, not with {objective.kind}; it must be batch"
+    for key, value in (("temperature", sampling.temperature), ("top_p", sampling.top_p)):
+        if value != 1:
+            yield f"sampling.{key} {value:g} does not go with objective.kind {objective.kind}, which needs the policy's own samples; it must be 1"

@@ -50,6 +50,16 @@ def test_set_changes_live_settings_together(url: str, run: FakeRun, capsys: pyte
     assert run.ledger.current.config.objective.divergence.alpha == 0.5
 
 
+def test_set_takes_a_ramp_in_one_word(url: str, run: FakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["set", "objective.divergence={name: alpha, alpha: {from: 0.75, to: 1.2, over: 300}}", "--url", url]) == 0
+    assert capsys.readouterr().out.startswith("config version 2, from step 12\n")
+    assert run.ledger.current.config.objective.divergence.text == "alpha 0.75 to 1.2 over 300 steps"
+    assert main(["set", "objective.divergence.alpha.to=1.5", "--url", url]) == 0
+    assert run.ledger.current.config.objective.divergence.text == "alpha 0.75 to 1.5 over 300 steps"
+    assert main(["set", "objective.divergence.name=hellinger", "--url", url]) == 0
+    assert run.ledger.current.config.objective.divergence.text == "hellinger"
+
+
 def test_set_as_json(url: str, run: FakeRun, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["set", "objective.beta=0.25", "--json", "--url", url]) == 0
     assert json.loads(capsys.readouterr().out)["effective_step"] == 12

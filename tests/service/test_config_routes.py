@@ -76,6 +76,49 @@ def test_fixed_settings_are_refused(http: httpx.Client) -> None:
     assert {item["path"] for item in problem["errors"]} == {"sampling.group_size", "learner.groups_per_step"}
 
 
+@pytest.mark.parametrize("custom", ["os:system", "my.members:one"])
+def test_no_import_path_comes_over_http(http: httpx.Client, run, custom: str) -> None:
+    problem = assert_problem(send(http, {"objective": {"custom": custom, "divergence": {"name": "custom"}}}), 409, "fixed-setting")
+    assert [item["path"] for item in problem["errors"]] == ["objective.custom"]
+    problem = assert_problem(send(http, {"objective": {"divergence": {"name": "custom"}}}), 422, "invalid-config")
+    assert "objective.custom" in problem["detail"]
+    assert run.changes == []
+
+
+def test_a_ramp_and_a_schedule_take_effect_at_the_next_step(http: httpx.Client, run) -> None:
+    ramp = {"from": 0.75, "to": 1.2, "over": 300}
+    schedule = [{"step": 40, "name": "tv", "width": 0.5}]
+    answer = send(http, {"objective": {"divergence": {"name": "alpha", "alpha": ramp, "schedule": schedule}}})
+    assert answer.status_code == 200, answer.text
+    assert answer.json() == {
+        "config_version": 2,
+        "effective_step": 12,
+        "changed": {
+            "objective.divergence.name": ["reverse_kl", "alpha"],
+            "objective.divergence.alpha": [None, ramp],
+            "objective.divergence.schedule": [[], [{"name": "tv", "alpha": None, "width": 0.5, "step": 40}]],
+        },
+    }
+    read = http.get("/v1/config").json()["config"]
+    assert read["objective"]["divergence"]["alpha"] == ramp
+    assert send(http, read).json()["changed"] == {}, "what is read can be sent back"
+    assert [run.ledger.objective_at(step).alpha for step in (12, 37, 40)] == [0.75, pytest.approx(0.75 + 0.45 * 25 / 300), None]
+
+
+def test_another_member_needs_no_word_about_the_old_ones_settings(http: httpx.Client) -> None:
+    send(http, {"objective": {"divergence": {"name": "alpha", "alpha": 0.5}}})
+    answer = send(http, PATCH)
+    assert answer.json()["changed"] == {"objective.divergence.name": ["alpha", "hellinger"], "objective.divergence.alpha": [0.5, None]}
+
+
+def test_a_bad_ramp_is_refused_with_its_path(http: httpx.Client) -> None:
+    problem = assert_problem(send(http, {"objective": {"divergence": {"name": "alpha", "alpha": {"from": 0, "to": 20}}}}), 422, "invalid-config")
+    assert {item["path"]: item["message"] for item in problem["errors"]} == {
+        "objective.divergence.alpha.to": "20 is wrong: it should be less than or equal to 10",
+        "objective.divergence.alpha.over": "is required",
+    }
+
+
 def test_bad_values_are_refused_with_their_paths(http: httpx.Client) -> None:
     problem = assert_problem(send(http, {"objective": {"beta": -1, "betta": 2}, "run": {"max_steps": "many"}}), 422, "invalid-config")
     messages = {item["path"]: item["message"] for item in problem["errors"]}

@@ -1,14 +1,15 @@
 """How the configuration page says a type, a default and a range."""
 
+import re
 from typing import Literal
 
 import pytest
 import yaml
 from pydantic.fields import FieldInfo
 
-from ftb_llm.config import Config, docs
-from ftb_llm.config.load import is_live, settings
-from ftb_llm.config.schema import Fixed, Reward
+from ftb_llm.config import Config, build_config, docs
+from ftb_llm.config.load import is_live, parse_override, settings
+from ftb_llm.config.schema import Alpha, Divergence, Fixed, Reward
 
 
 @pytest.mark.parametrize(
@@ -19,6 +20,7 @@ from ftb_llm.config.schema import Fixed, Reward
         (Literal["a", "b"], "one of `a`, `b`"),
         (str | list[str], "string or list of strings"),
         (list[Reward], "list of mappings"),
+        (Alpha | None, "number or mapping or null"),
     ],
 )
 def test_a_type_is_said_as_a_person_would(annotation: object, text: str) -> None:
@@ -40,8 +42,25 @@ def test_a_range_is_said_in_full(limits: dict[str, object], text: str) -> None:
     assert docs.range_text(field) == text
 
 
+def test_the_range_of_a_number_holds_beside_the_mapping() -> None:
+    assert docs.range_text(Divergence.model_fields["alpha"]) == "≥ -10, ≤ 10"
+
+
 def test_a_member_of_a_list_has_rows_of_its_own() -> None:
     assert "| `rewards.functions[].function` | string | required |" in docs.markdown()
+    assert "| `objective.divergence.schedule[].step` | integer | required |" in docs.markdown()
+
+
+def test_a_mapping_that_a_setting_may_be_has_rows_of_its_own() -> None:
+    assert "| `objective.divergence.alpha.from` | number | required |" in docs.markdown()
+
+
+def test_the_plan_of_the_page_is_a_config() -> None:
+    page = docs.markdown()
+    [example] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert len(build_config(yaml.safe_load(example)).objective.divergence.schedule) == 2
+    [word] = re.findall(r"ftb-llm set '(.*?)'", page)
+    build_config(parse_override(word))
 
 
 def test_a_pipe_does_not_end_a_cell() -> None:

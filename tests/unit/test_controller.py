@@ -1,4 +1,5 @@
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from ftb_llm.errors import FtbError, InvalidConfig, ProcessDied, RequestRefused,
 from ftb_llm.journal import Journal
 from ftb_llm.run_dir import RunDir
 from ftb_llm.state import GeneratorPhase, Phase
+from ftb_llm.types import FinishReason
 from tests.fakes import FakeGenerator, FakeLearner, FakeProgress, FakeRewards, make_prompt
 
 SETTINGS = {
@@ -249,6 +251,76 @@ async def test_rewards_that_never_work_end_the_run(tmp_path):
         await run.to_end()
     printed = [line for line in run.progress.lines if line.startswith("rejected")]
     assert len(printed) == 6, "1, 2, 4, 8, 16, 32"
+
+
+class Cutting(FakeGenerator):
+    """Cuts one completion of each group whose number is in `cut`."""
+
+    def __init__(self, cut):
+        super().__init__()
+        self.cut = cut
+
+    async def generate(self, request):
+        group = await super().generate(request)
+        if int(group.id[1:]) not in self.cut:
+            return group
+        first, *others = group.completions
+        return replace(group, completions=(replace(first, finish_reason=FinishReason.LENGTH), *others))
+
+
+@pytest.mark.parametrize("truncated", ["keep", "mask"])
+async def test_a_cut_completion_stays_with_its_group(tmp_path, truncated):
+    settings = SETTINGS | {"objective": {"truncated": truncated}}
+    run = await Run(tmp_path / "run", generators=[Cutting({1, 4})], settings=settings).to_end()
+    assert run.controller.status()["accounting"]["rejected"] == 0
+    assert {request.objective.truncated for request in run.learner.requests} == {truncated}
+    trained = {scored.group.id for request in run.learner.requests for scored in request.groups}
+    assert {"g000000001", "g000000004"} <= trained
+
+
+async def test_a_truncated_group_is_rejected_where_the_config_says_so(tmp_path):
+    settings = SETTINGS | {"objective": {"truncated": "reject"}}
+    run = await Run(tmp_path / "run", generators=[Cutting({1, 4})], settings=settings, rewards=FakeRewards(bad={2})).to_end()
+    accounts = run.controller.status()["accounting"]
+    assert accounts["reasons"] == {"truncated": 2, "raised": 1}
+    assert accounts["generated"] == sum(accounts[state] for state in ("trained", "dropped_stale", "rejected", "buffered", "leased"))
+    trained = {scored.group.id for request in run.learner.requests for scored in request.groups}
+    assert not {"g000000001", "g000000002", "g000000004"} & trained
+    assert {event["reason"] for event in run.events("rejected")} == {"truncated", "raised"}
+
+
+async def test_a_run_whose_groups_are_all_truncated_ends(tmp_path):
+    run = Run(tmp_path / "run", generators=[Cutting(set(range(1000)))], settings=SETTINGS | {"objective": {"truncated": "reject"}})
+    with pytest.raises(FtbError, match=r"the first 32 groups were all rejected, .* truncated: 1 of 2 .* raise sampling\.max_tokens"):
+        await run.to_end()
+
+
+async def test_a_ramp_goes_on_through_a_stop_and_an_unrelated_change(tmp_path):
+    ramp = {"name": "alpha", "alpha": {"from": 0.0, "to": 1.0, "over": 4}}
+
+    def change(request):
+        if request.step == 1:
+            first.controller.ledger.patch({"objective": {"divergence": ramp}}, if_match="*", source="test")
+        if request.step == 3:
+            first.controller.ledger.patch({"learner": {"learning_rate": 1e-4}}, if_match="*", source="test")
+            first.controller.request_stop("test")
+
+    first = Run(tmp_path / "run", learner=FakeLearner(change))
+    await first.to_end()
+    first.journal.close()
+    settings = first.run_dir.read_json("config.json")
+    second = await Run(tmp_path / "run", resume_from="checkpoints/step_000003", settings=settings).to_end()
+    rows = [row for row in second.run_dir.metrics() if row["step"] > 0]
+    assert [row["objective"]["alpha"] for row in rows] == [None, 0.0, 0.25, 0.5, 0.75, 1.0]
+    assert [request.objective.alpha for request in second.learner.requests] == [0.5, 0.75, 1.0]
+    assert second.controller.status()["objective"]["alpha"] == 1.0
+
+
+async def test_the_schedule_changes_the_divergence_at_its_steps(tmp_path):
+    divergence = {"name": "js", "schedule": [{"step": 3, "name": "tv", "width": 0.5}, {"step": 5, "name": "hellinger"}]}
+    run = await Run(tmp_path / "run", settings=SETTINGS | {"objective": {"divergence": divergence}}).to_end()
+    found = [(request.objective.divergence, request.objective.width) for request in run.learner.requests]
+    assert found == [("js", None)] * 2 + [("tv", 0.5)] * 2 + [("hellinger", None)] * 2
 
 
 @pytest.mark.parametrize("patch", [{"sampling": {"max_tokens": 511}}, {"objective": {"beta": 1e-310}}, {"staleness": {"max_steps": 0}}])

@@ -1,7 +1,9 @@
 """What the engine is told, without starting one."""
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from actors.engine import SPARE_SEQUENCES, Engine, engine_environment, engine_settings, start_engine
 from ftb_llm.config import build_config
 from ftb_llm.errors import EngineError, ProcessDied, SetupError
+from ftb_llm.types import FinishReason, SamplingSpec
 
 
 def test_cpu_engine_gets_its_cores_and_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,3 +90,43 @@ async def test_call_that_the_dead_engine_never_answers_is_an_error() -> None:
 async def test_failure_inside_the_engine_arrives_as_an_engine_error() -> None:
     with pytest.raises(EngineError, match="the engine failed: no such method"):
         await Engine(RefusingLlm(), Path()).name_version(1)  # type: ignore[arg-type]
+
+
+class FakeTokenizer:
+    def batch_decode(self, ids: list[list[int]], *, skip_special_tokens: bool) -> list[str]:
+        return [" ".join(map(str, row)) for row in ids]
+
+
+class SamplingLlm(DyingLlm):
+    """Answers every request with the same two completions, in vLLM's own words; a position may name other tokens beside the sampled one."""
+
+    def get_tokenizer(self) -> Any:
+        return FakeTokenizer()
+
+    async def generate(self, prompt: Any, sampling: Any, request_id: str) -> AsyncIterator[Any]:
+        self.sampling = sampling
+        spans = [SimpleNamespace(version="3"), SimpleNamespace(version="4")]
+        ended = {"finish_reason": "stop", "cumulative_logprob": -1.75, "weight_versions": spans}
+        cut = {"finish_reason": "length", "cumulative_logprob": -0.5, "weight_versions": spans[:1]}
+        outputs = [
+            SimpleNamespace(index=1, token_ids=[5], logprobs=[{5: SimpleNamespace(logprob=-0.5)}], **cut),
+            SimpleNamespace(
+                index=0,
+                token_ids=[7, 2],
+                logprobs=[{9: SimpleNamespace(logprob=-0.1), 7: SimpleNamespace(logprob=-1.5)}, {2: SimpleNamespace(logprob=-0.25)}],
+                **ended,
+            ),
+        ]
+        yield SimpleNamespace(finished=True, outputs=outputs)
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [(True, [(-1.5, -0.25), (-0.5,)]), (False, [None, None])])
+async def test_log_probs_of_the_sampled_tokens_come_where_they_are_wanted(wanted: bool, expected: list[Any]) -> None:
+    llm = SamplingLlm()
+    spec = SamplingSpec(group_size=2, temperature=1.0, top_p=1.0, max_tokens=4, token_logprobs=wanted)
+    completions = await Engine(llm, Path()).sample([1], spec)  # type: ignore[arg-type]
+    assert [completion.token_logprobs for completion in completions] == expected
+    assert [completion.logprob for completion in completions] == [-1.75, -0.5]
+    assert [completion.finish_reason for completion in completions] == [FinishReason.STOP, FinishReason.LENGTH]
+    assert [(completion.min_version, completion.max_version) for completion in completions] == [(3, 4), (3, 3)]
+    assert (llm.sampling.n, llm.sampling.logprobs) == (2, 0)

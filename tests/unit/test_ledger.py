@@ -50,6 +50,147 @@ def test_a_patch_is_a_version_that_starts_at_the_next_step() -> None:
     assert bench.changes == [version]
 
 
+RAMP = {"name": "alpha", "alpha": {"from": 0.0, "to": 1.0, "over": 4}}
+
+
+def alphas(ledger: ConfigLedger, *steps: int) -> list[float | None]:
+    return [ledger.objective_at(step).alpha for step in steps]
+
+
+def patch_divergence(bench: Bench, step: int, **divergence: Any) -> ConfigVersion:
+    """While `step` is in progress, so that it takes effect at the next."""
+    bench.step = step
+    return bench.patch({"objective": {"divergence": divergence}})
+
+
+def test_a_ramp_begins_where_it_comes_into_force() -> None:
+    bench = Bench()
+    patch_divergence(bench, 149, **RAMP)
+    assert bench.ledger.objective_at(149).divergence == "reverse_kl"
+    assert alphas(bench.ledger, 150, 151, 153, 154, 400) == [0.0, 0.25, 0.75, 1.0, 1.0]
+    assert alphas(Bench({"objective": {"divergence": RAMP}}).ledger, 1, 2, 5) == [0.0, 0.25, 1.0]
+
+
+def test_a_change_elsewhere_does_not_start_a_ramp_anew() -> None:
+    bench = Bench()
+    patch_divergence(bench, 9, **RAMP)
+    bench.patch({"learner": {"learning_rate": 1e-4}})  # before the ramp's first step
+    bench.step = 11
+    bench.patch({"objective": {"beta": 0.25}})
+    patch_divergence(bench, 11, schedule=[{"step": 30, "name": "js"}])
+    assert bench.ledger.current.version == 5
+    assert alphas(bench.ledger, 10, 11, 12, 13, 14) == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+def test_another_ramp_begins_anew() -> None:
+    bench = Bench({"objective": {"divergence": RAMP}})
+    version = patch_divergence(bench, 9, alpha={"to": 2.0})
+    assert version.changed == {"objective.divergence.alpha": (RAMP["alpha"], {"from": 0.0, "to": 2.0, "over": 4})}
+    assert alphas(bench.ledger, 9, 10, 11, 14) == [1.0, 0.0, 0.5, 2.0]
+
+
+def test_a_ramp_that_was_away_begins_anew() -> None:
+    bench = Bench({"objective": {"divergence": RAMP}})
+    patch_divergence(bench, 4, name="js")
+    patch_divergence(bench, 6, **RAMP)
+    assert alphas(bench.ledger, 4, 5, 6, 7, 8) == [0.75, None, None, 0.0, 0.25]
+
+
+def test_a_member_that_never_governed_a_step_interrupts_nothing() -> None:
+    bench = Bench({"objective": {"divergence": RAMP}})
+    patch_divergence(bench, 1, name="js")
+    patch_divergence(bench, 1, **RAMP)
+    assert alphas(bench.ledger, 1, 2, 3) == [0.0, 0.25, 0.5]
+
+
+def test_a_first_member_that_the_schedule_replaced_begins_anew() -> None:
+    bench = Bench({"objective": {"divergence": RAMP | {"schedule": [{"step": 3, "name": "js"}]}}})
+    patch_divergence(bench, 5, schedule=[])
+    assert alphas(bench.ledger, 2, 3, 5, 6, 7) == [0.25, None, None, 0.0, 0.25]
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_resumed_run_has_the_alpha_of_the_same_step(step: int) -> None:
+    before = Bench()
+    patch_divergence(before, 1, **RAMP)
+    before.step = 2
+    before.patch({"objective": {"beta": 0.25}})
+    expected = alphas(before.ledger, 2, 3, 4, 5)
+    same = Bench(before.ledger.current.config.model_dump(mode="json"), step=step, history=before.ledger.history())
+    assert same.ledger.history() == before.ledger.history()
+    assert alphas(same.ledger, 2, 3, 4, 5) == expected == [0.0, 0.25, 0.5, 0.75]
+    other = Bench(same.ledger.current.config.model_dump(mode="json") | {"run": {"max_steps": 99}}, step=step, history=before.ledger.history())
+    assert len(other.ledger.history()) == 4
+    assert alphas(other.ledger, 2, 3, 4, 5) == expected
+
+
+def test_a_ramp_of_an_abandoned_future_begins_at_the_resumed_step() -> None:
+    before = Bench(step=90)
+    patch_divergence(before, 90, **RAMP)
+    resumed = Bench({"objective": {"divergence": RAMP}}, step=50, history=before.ledger.history()[:1])
+    abandoned = Bench({"objective": {"divergence": RAMP}}, step=50, history=before.ledger.history())
+    for bench in (resumed, abandoned):
+        assert alphas(bench.ledger, 51, 52, 91) == [0.0, 0.25, 1.0]
+
+
+def test_an_abandoned_change_elsewhere_does_not_start_a_ramp_anew() -> None:
+    before = Bench({"objective": {"divergence": RAMP}})
+    before.step = 90
+    before.patch({"objective": {"beta": 0.25}})
+    resumed = Bench(before.ledger.current.config.model_dump(mode="json"), step=2, history=before.ledger.history())
+    assert resumed.ledger.current.effective_step == 3
+    assert alphas(resumed.ledger, 3, 4, 5) == [0.5, 0.75, 1.0]
+
+
+def test_another_member_drops_what_belonged_to_the_old_one() -> None:
+    bench = Bench({"objective": {"divergence": {"name": "alpha", "alpha": 0.5}}})
+    assert patch_divergence(bench, 1, name="tv", width=0.5).changed == {
+        "objective.divergence.name": ("alpha", "tv"),
+        "objective.divergence.alpha": (0.5, None),
+        "objective.divergence.width": (None, 0.5),
+    }
+    assert patch_divergence(bench, 2, name="hellinger").changed == {"objective.divergence.name": ("tv", "hellinger"), "objective.divergence.width": (0.5, None)}
+
+
+def test_naming_the_same_member_keeps_what_belongs_to_it() -> None:
+    bench = Bench({"objective": {"divergence": RAMP}})
+    assert patch_divergence(bench, 1, name="alpha").version == 1
+
+
+def test_null_puts_the_member_back_to_the_default() -> None:
+    bench = Bench({"objective": {"divergence": {"name": "alpha", "alpha": 0.5}}})
+    assert patch_divergence(bench, 1, name=None).config.objective.divergence.text == "reverse_kl"
+
+
+def test_what_does_not_go_together_is_refused_where_the_patch_says_it() -> None:
+    bench = Bench({"objective": {"divergence": {"name": "js"}}})
+    assert "alpha 0.5 only goes with name alpha, not with js" in problems(bench, {"objective": {"divergence": {"alpha": 0.5}}})["objective.divergence"]
+    wrong = {"objective": {"divergence": {"name": "tv", "alpha": 0.5}}}
+    assert "alpha 0.5 only goes with name alpha, not with tv" in problems(bench, wrong)["objective.divergence"]
+
+
+SCHEDULE = [{"step": 5, "name": "js"}, {"step": 9, "name": "alpha", "alpha": 0.5}]
+
+
+@pytest.mark.parametrize(("step", "divergences"), [(3, ["hellinger", "js", "js", "alpha"]), (4, ["hellinger", "hellinger", "hellinger", "alpha"])])
+def test_a_new_member_takes_the_place_of_the_one_in_force(step: int, divergences: list[str]) -> None:
+    bench = Bench({"objective": {"divergence": {"schedule": SCHEDULE}}})
+    patch_divergence(bench, step, name="hellinger")
+    assert [bench.ledger.objective_at(at).divergence for at in (4, 5, 8, 9)] == (["reverse_kl"] if step == 4 else divergences[:1]) + divergences[1:]
+
+
+def test_what_a_patch_says_about_the_schedule_holds() -> None:
+    bench = Bench({"objective": {"divergence": {"schedule": SCHEDULE}}})
+    patch_divergence(bench, 7, name="hellinger", schedule=SCHEDULE)
+    assert [bench.ledger.objective_at(at).divergence for at in (8, 9)] == ["js", "alpha"]
+
+
+def test_a_patch_elsewhere_leaves_the_schedule_alone() -> None:
+    bench = Bench({"objective": {"divergence": {"schedule": SCHEDULE}}}, step=7)
+    assert bench.patch({"objective": {"beta": 0.25}}).changed == {"objective.beta": (0.5, 0.25)}
+    assert bench.patch(bench.ledger.current.config.model_dump(mode="json")).version == 2
+
+
 def test_the_rest_of_the_config_stays() -> None:
     bench = Bench({"learner": {"groups_per_step": 4}, "sampling": {"temperature": 0.5}})
     config = bench.patch({"sampling": {"top_p": 0.5}}).config
@@ -101,6 +242,8 @@ def test_the_etag_tells_versions_and_contents_apart() -> None:
         ({"run": {"name": None}}, ["run.name"]),
         ({"rewards": {"functions": []}}, ["rewards.functions"]),
         ({"sampling": {"group_size": 64, "temperature": 0.5}}, ["sampling.group_size"]),
+        ({"objective": {"custom": "os:system", "divergence": {"name": "custom"}}}, ["objective.custom"]),
+        ({"objective": {"kind": "grpo", "log_z": "learned"}}, ["objective.kind", "objective.log_z"]),
     ],
 )
 def test_fixed_settings_are_refused(patch: dict[str, Any], keys: list[str]) -> None:
@@ -199,7 +342,9 @@ json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["objective", "divergence", "beta", "name", "run", "max_steps", "dir", "x"]), inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["objective", "divergence", "beta", "name", "alpha", "from", "schedule", "step", "run", "max_steps", "dir", "x"]), inner, max_size=3
+        )
     ),
     max_leaves=8,
 )
