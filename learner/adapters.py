@@ -84,7 +84,7 @@ def model_card(config: Config, version: int, scale: float) -> str:
         version=version,
         base=config.model.path,
         beta=objective.beta,
-        divergence=objective.divergence.name if objective.divergence.alpha is None else f"alpha={objective.divergence.alpha:g}",
+        divergence=objective.divergence.text,
         scale=scale,
     )
 

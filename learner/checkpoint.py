@@ -30,7 +30,7 @@ def save(model: AdaptedModel, *, step: int, parent: Path, keep: int) -> Path:
         ADAPTER: safetensors.torch.save(model.adapter_state()),
         OPTIMIZER: _torch_bytes(model.optimizer.state_dict()),
         TORCH_RNG: _torch_bytes({"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}),
-        STATE: json.dumps({"step": step, "python_rng": random.getstate(), "numpy_rng": _numpy_rng()}).encode(),
+        STATE: json.dumps({"step": step, "log_z": model.log_z.state(), "python_rng": random.getstate(), "numpy_rng": _numpy_rng()}).encode(),
     }
     manifest = {"format": FORMAT, "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}}
     folder = parent / folders.named(PREFIX, step)
@@ -50,6 +50,7 @@ def load(model: AdaptedModel, folder: Path) -> int:
         model.optimizer.load_state_dict(optimizer)
     except (CheckpointError, ValueError) as error:
         raise CheckpointError(f"checkpoint {folder}: {error}") from None
+    model.log_z.load_state(state.get("log_z", {}))
     torch.set_rng_state(generators["cpu"])
     if generators["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(generators["cuda"])

@@ -1,4 +1,4 @@
-"""Summed log-probs of completions, the end token included.
+"""Log-probs of completions, per token and summed, the end token included.
 
 Every prompt runs once, however many completions it has: they continue on its key-value cache, through which gradients flow.
 Prompts are padded on the left, completions on the right, so the last prompt position and the first completion position
@@ -27,6 +27,10 @@ class Batch:
     def group_size(self) -> int:
         return len(self.completion_ids_BT) // len(self.prompt_ids_GP)
 
+    @property
+    def token_mask_GKT(self) -> Tensor:
+        return self.completion_mask_BT.bool().view(-1, self.group_size, self.completion_mask_BT.shape[1])
+
 
 def pack(prompts: Sequence[Ids], completions: Sequence[Sequence[Ids]], device: torch.device | str = "cpu") -> Batch:
     """Pad prompts and their completions into one batch."""
@@ -48,6 +52,11 @@ def pack(prompts: Sequence[Ids], completions: Sequence[Sequence[Ids]], device: t
 
 def completion_logprobs(model: nn.Module, batch: Batch) -> Tensor:
     """Summed log-prob of each completion given its prompt, `logp_GK` in float32."""
+    return token_logprobs(model, batch).sum(-1)
+
+
+def token_logprobs(model: nn.Module, batch: Batch) -> Tensor:
+    """Log-prob of each token of each completion, `logp_GKT` in float32, zero beyond a completion's end."""
     lengths_G = batch.prompt_mask_GP.sum(-1)
     out = model(
         input_ids=batch.prompt_ids_GP,
@@ -57,10 +66,10 @@ def completion_logprobs(model: nn.Module, batch: Batch) -> Tensor:
         logits_to_keep=1,
     )
     first_GK = batch.completion_ids_BT[:, 0].view(-1, batch.group_size)
-    logp_GK = torch.log_softmax(out.logits[:, -1].float(), -1).gather(-1, first_GK)
+    first_GK1 = torch.log_softmax(out.logits[:, -1].float(), -1).gather(-1, first_GK).unsqueeze(-1)
     width = batch.completion_ids_BT.shape[1]
     if width == 1:
-        return logp_GK
+        return first_GK1
     cache = out.past_key_values
     cache.batch_repeat_interleave(batch.group_size)
     mask_BT = torch.cat([batch.prompt_mask_GP.repeat_interleave(batch.group_size, 0), batch.completion_mask_BT[:, :-1]], -1)
@@ -72,9 +81,8 @@ def completion_logprobs(model: nn.Module, batch: Batch) -> Tensor:
         past_key_values=cache,
         use_cache=True,
     ).logits.float()
-    chosen_BT = logits_BTV.gather(-1, batch.completion_ids_BT[:, 1:].unsqueeze(-1)).squeeze(-1)
-    logp_BT = (chosen_BT - logits_BTV.logsumexp(-1)) * batch.completion_mask_BT[:, 1:]
-    return logp_GK + logp_BT.sum(-1).view_as(logp_GK)
+    logp_BT = logits_BTV.log_softmax(-1).gather(-1, batch.completion_ids_BT[:, 1:].unsqueeze(-1)).squeeze(-1) * batch.completion_mask_BT[:, 1:]
+    return torch.cat([first_GK1, logp_BT.view(*first_GK.shape, -1)], -1)
 
 
 def _padded(rows: Sequence[Ids], *, left: bool) -> tuple[Tensor, Tensor]:

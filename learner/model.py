@@ -21,13 +21,14 @@ from transformers.utils import logging as transformers_logging
 from ftb_llm.config import Config
 from ftb_llm.config.schema import Lora
 from ftb_llm.errors import CheckpointError, ConfigError, FtbError
+from learner.log_z import LogZTable
 
 ALL_LINEAR = "all-linear"
 _WEIGHTS = "model.safetensors"
 
 
 class AdaptedModel:
-    """Base model, adapter and AdamW. Always in eval mode: no dropout, so that learner and engine score alike."""
+    """Base model, adapter, AdamW and the learned log Z. Always in eval mode: no dropout, so that learner and engine score alike."""
 
     def __init__(self, config: Config, model_path: Path) -> None:
         set_seed(config.run.seed)
@@ -42,6 +43,7 @@ class AdaptedModel:
             weight_decay=config.learner.weight_decay,
             fused=True,
         )
+        self.log_z = LogZTable()
         self.accelerator = Accelerator(cpu=config.learner.gpus == 0)
         self.module, self.optimizer = self.accelerator.prepare(peft_model, optimizer)
 

@@ -4,53 +4,140 @@ Shapes: `G` groups of the step, `K` completions per group.
 """
 
 import itertools
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ftb_llm.baselines import BASELINES, Samples
 from ftb_llm.errors import FtbError
-from ftb_llm.objectives import delta, divergence_estimates, ftb_loss
-from ftb_llm.types import Group, StepReport, StepRequest
-from learner.logprobs import Batch, completion_logprobs, pack
+from ftb_llm.objectives import argument, delta, ftb_loss, masked, member
+from ftb_llm.shadow import shadow_metrics
+from ftb_llm.types import FinishReason, Group, ObjectiveSpec, StepReport, StepRequest
+from learner.logprobs import Batch, completion_logprobs, pack, token_logprobs
 from learner.model import AdaptedModel
 
 
 def take_step(model: AdaptedModel, request: StepRequest, *, groups_per_micro_batch: int) -> StepReport:
     """Reference pass, policy pass, loss and gradient per micro-batch; then one update."""
+    spec = request.objective
     groups = [scored.group for scored in request.groups]
     reward_GK = torch.tensor([scored.rewards for scored in request.groups], dtype=torch.float64, device=model.device)
-    parts: list[tuple[Tensor, Tensor]] = []
-    loss = 0.0
+    mask_GK = counted(groups, spec).to(model.device)
+    denominator = max(1, int(mask_GK.sum()))
+    parts: list[_Part] = []
     for start in range(0, len(groups), groups_per_micro_batch):
         rows = slice(start, start + groups_per_micro_batch)
-        batch = pack_groups(groups[rows], model)
-        logp_ref_GK = reference_logprobs(model, batch)
-        logp_GK = completion_logprobs(model.module, batch)
-        scalar, metrics = ftb_loss(logp_GK, logp_ref_GK, reward_GK[rows], request.objective, denominator=reward_GK.numel())
-        model.backward(scalar)
-        loss += metrics["optim/loss"]
-        parts.append((logp_GK.detach().double(), logp_ref_GK.double()))
-    logp_GK, logp_ref_GK = (torch.cat(column) for column in zip(*parts, strict=True))
-    delta_GK = delta(logp_GK, logp_ref_GK, reward_GK, request.objective.beta)
+        parts.append(_backward(model, groups[rows], reward_GK[rows], mask_GK[rows], spec, denominator))
+    logp_GK, logp_ref_GK = torch.cat([part.logp_GK for part in parts]), torch.cat([part.logp_ref_GK for part in parts])
+    delta_GK = delta(logp_GK, logp_ref_GK, reward_GK, spec.beta)
     if not bool(delta_GK.isfinite().all()):
         model.optimizer.zero_grad()
         raise FtbError(f"step {request.step}: a completion's log-prob or reward is not finite; the weights are those of step {request.step - 1}")
     grad_norm = model.update(step=request.step, learning_rate=request.learning_rate, max_grad_norm=request.max_grad_norm)
+    metrics = _summed([part.metrics for part in parts])
+    if spec.log_z == "learned":
+        x_GK = argument(logp_GK, logp_ref_GK, reward_GK, spec)
+        metrics |= _learn_log_z(model, groups, x_GK, mask_GK, torch.cat([part.log_z_G for part in parts]), spec)
+    began = time.perf_counter()
+    metrics |= shadow_metrics(delta_GK, mask_GK, alpha=spec.alpha)
+    metrics["time/divergence_seconds"] = time.perf_counter() - began
     return StepReport(
         step=request.step,
-        loss=loss,
+        loss=metrics["optim/loss"],
         metrics={
-            "optim/loss": loss,
+            **metrics,
             "optim/grad_norm": grad_norm,
             "optim/learning_rate": request.learning_rate,
-            **divergence_estimates(delta_GK, request.objective.alpha),
+            "optim/masked_completions": float(mask_GK.numel() - int(mask_GK.sum())),
             **_mismatch(groups, logp_GK),
             "perf/learn_tokens": float(sum(group.token_count for group in groups)),
         },
         delta_GK=tuple(map(tuple, delta_GK.tolist())),
         logp_GK=tuple(map(tuple, logp_GK.tolist())),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """What one micro-batch leaves behind, besides its gradient."""
+
+    logp_GK: Tensor
+    logp_ref_GK: Tensor
+    log_z_G: Tensor  # of the learned table; empty where the normaliser is the batch's
+    metrics: dict[str, float]
+
+
+def _backward(model: AdaptedModel, groups: Sequence[Group], reward_GK: Tensor, mask_GK: Tensor, spec: ObjectiveSpec, denominator: int) -> _Part:
+    """The gradient of one micro-batch, added to what is there."""
+    batch = pack_groups(groups, model)
+    with torch.no_grad(), model.as_reference():
+        logp_ref_GKT = token_logprobs(model.module, batch)
+    logp_GKT = token_logprobs(model.module, batch)
+    logp_GK, logp_ref_GK = logp_GKT.sum(-1, dtype=torch.float64), logp_ref_GKT.sum(-1, dtype=torch.float64)
+    log_z_G = None
+    if spec.kind == "ftb":
+        if spec.log_z == "learned":
+            with torch.no_grad():
+                batch_log_z_G = member(spec).log_z(argument(logp_GK, logp_ref_GK, reward_GK, spec), mask_GK)
+            log_z_G = model.log_z.lookup([group.prompt.index for group in groups], batch_log_z_G)
+        scalar, metrics = ftb_loss(logp_GK, logp_ref_GK, reward_GK, spec, mask_GK, log_z_G=log_z_G, denominator=denominator)
+    else:
+        samples = _samples(groups, batch, logp_GKT, logp_ref_GKT, reward_GK, mask_GK)
+        scalar, metrics = BASELINES[spec.kind](samples, spec, denominator=denominator)
+    model.backward(scalar)
+    return _Part(
+        logp_GK=logp_GK.detach().double(),
+        logp_ref_GK=logp_ref_GK.double(),
+        log_z_G=torch.empty(0) if log_z_G is None else log_z_G,
+        metrics=metrics,
+    )
+
+
+def counted(groups: Sequence[Group], spec: ObjectiveSpec) -> Tensor:
+    """Which completions count: all, or with `objective.truncated: mask` only those that ended by themselves."""
+    ended = [[completion.finish_reason is FinishReason.STOP for completion in group.completions] for group in groups]
+    return torch.tensor(ended) if spec.truncated == "mask" else torch.ones(len(ended), len(ended[0]), dtype=torch.bool)
+
+
+def _samples(groups: Sequence[Group], batch: Batch, logp_GKT: Tensor, logp_ref_GKT: Tensor, reward_GK: Tensor, mask_GK: Tensor) -> Samples:
+    """What the baselines read: the completions with what the sampler thought of them."""
+    behaviour_GK = torch.tensor([[completion.logprob for completion in group.completions] for group in groups], dtype=torch.float64)
+    return Samples(
+        logp_GKT=logp_GKT,
+        logp_ref_GKT=logp_ref_GKT,
+        reward_GK=reward_GK,
+        behaviour_GK=behaviour_GK.to(logp_GKT.device),
+        behaviour_GKT=_behaviour_tokens(groups, logp_GKT),
+        token_mask_GKT=batch.token_mask_GKT,
+        mask_GK=mask_GK,
+    )
+
+
+def _behaviour_tokens(groups: Sequence[Group], logp_GKT: Tensor) -> Tensor | None:
+    """What the sampler thought of each token, padded like the learner's own; None where it was not asked."""
+    rows = [completion.token_logprobs for group in groups for completion in group.completions]
+    if any(row is None for row in rows):
+        return None
+    padded_BT = torch.zeros(len(rows), logp_GKT.shape[-1], dtype=torch.float64)
+    for place, row in enumerate(rows):
+        assert row is not None
+        padded_BT[place, : len(row)] = torch.tensor(row, dtype=torch.float64)
+    return padded_BT.view(logp_GKT.shape).to(logp_GKT.device)
+
+
+def _learn_log_z(model: AdaptedModel, groups: Sequence[Group], x_GK: Tensor, mask_GK: Tensor, log_z_G: Tensor, spec: ObjectiveSpec) -> dict[str, float]:
+    slope_GK = masked(member(spec).slope(x_GK + log_z_G.unsqueeze(-1)), mask_GK)
+    slope_G = slope_GK.sum(-1) / mask_GK.sum(-1).clamp(min=1)
+    model.log_z.update([group.prompt.index for group in groups], log_z_G, slope_G, spec.log_z_rate)
+    return {"optim/log_z_mean": log_z_G.mean().item()}
+
+
+def _summed(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Metrics of micro-batches have the step's denominator in them already."""
+    return {name: sum(part[name] for part in metrics) for name in metrics[0]}
 
 
 def policy_logprobs(model: AdaptedModel, groups: Sequence[Group], *, groups_per_micro_batch: int) -> list[list[float]]:
@@ -60,11 +147,6 @@ def policy_logprobs(model: AdaptedModel, groups: Sequence[Group], *, groups_per_
         for part in _batched(groups, groups_per_micro_batch):
             values += completion_logprobs(model.module, pack_groups(part, model)).tolist()
     return values
-
-
-def reference_logprobs(model: AdaptedModel, batch: Batch) -> Tensor:
-    with torch.no_grad(), model.as_reference():
-        return completion_logprobs(model.module, batch)
 
 
 def pack_groups(groups: Sequence[Group], model: AdaptedModel) -> Batch:

@@ -1,5 +1,6 @@
 """A random Llama of a few thousand parameters, and groups for it: what the learner's tests train."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ftb_llm.config import Config, build_config
 from ftb_llm.tasks import get_task
 from ftb_llm.tasks.tokenizer import build_tokenizer
-from ftb_llm.types import Completion, FinishReason, Group, ObjectiveSpec, Prompt, ScoredGroup, StepRequest
+from ftb_llm.types import Completion, FinishReason, Group, ObjectiveSpec, Prompt, ScoredGroup, StepReport, StepRequest
 
 PROMPTS = [Prompt(index=index, text=f"p{index}", token_ids=tuple(range(5, 7 + index))) for index in range(4)]  # of different lengths
 GROUP_SIZE = 6
@@ -65,3 +66,8 @@ def step_request(step: int, *, seeds: tuple[int, ...] = (0, 1, 2, 3), divergence
         "groups": tuple(scored_group(seed) for seed in seeds),
     }
     return StepRequest(**values | changes)
+
+
+def untimed(report: StepReport) -> StepReport:
+    """The report without its clock: what two equal steps have in common."""
+    return replace(report, metrics={name: value for name, value in report.metrics.items() if not name.startswith("time/")})

@@ -1,5 +1,6 @@
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,18 +24,21 @@ def make(path: Path, run_dir: Path, rank: int = 4) -> Learner:
     return Learner(config, model_path=path, run_dir=run_dir, prompts=tiny_llama.PROMPTS, task_name=None)
 
 
-def train(learner: Learner, first: int, last: int) -> list[StepReport]:
-    return [learner.step(tiny_llama.step_request(step, seeds=(step, step + 1, step + 2))) for step in range(first, last + 1)]
+def train(learner: Learner, first: int, last: int, log_z: str = "batch") -> list[StepReport]:
+    objective = replace(tiny_llama.step_request(1).objective, log_z=log_z)
+    requests = [tiny_llama.step_request(step, seeds=(step, step + 1, step + 2), objective=objective) for step in range(first, last + 1)]
+    return [tiny_llama.untimed(learner.step(request)) for request in requests]
 
 
-def test_a_resumed_learner_goes_on_bit_for_bit(path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("log_z", ["batch", "learned"])
+def test_a_resumed_learner_goes_on_bit_for_bit(path: Path, tmp_path: Path, log_z: str) -> None:
     learner = make(path, tmp_path)
-    train(learner, 1, 3)
+    train(learner, 1, 3, log_z)
     saved = learner.save_checkpoint(3)
-    expected = train(learner, 4, 7)
+    expected = train(learner, 4, 7, log_z)
     resumed = make(path, tmp_path / "other")
     assert resumed.load_checkpoint(saved) == 3
-    assert train(resumed, 4, 7) == expected
+    assert train(resumed, 4, 7, log_z) == expected
     assert resumed.publish(7)[1] == learner.publish(7)[1]
 
 

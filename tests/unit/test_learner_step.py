@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -5,12 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from ftb_llm.baselines import BASELINES
 from ftb_llm.divergences import FAMILY, get_divergence
 from ftb_llm.errors import FtbError
-from ftb_llm.types import ScoredGroup, StepReport, StepRequest
+from ftb_llm.shadow import shadow_metrics
+from ftb_llm.types import FinishReason, ScoredGroup, StepReport, StepRequest
 from learner.model import AdaptedModel
 from learner.step import policy_logprobs, take_step
 from tests import tiny_llama
+from tests.tiny_llama import untimed
 
 
 class Recording(AdaptedModel):
@@ -78,7 +82,7 @@ def test_micro_batches_make_the_same_step(path: Path, size: int) -> None:
     a = take_step(whole, request, groups_per_micro_batch=4)
     b = take_step(parts, request, groups_per_micro_batch=size)
     assert b.loss == pytest.approx(a.loss, rel=1e-6)
-    assert b.metrics == pytest.approx(a.metrics, rel=1e-5)
+    assert untimed(b).metrics == pytest.approx(untimed(a).metrics, rel=1e-5)
     differences = [gradient - parts.gradient[name] for name, gradient in whole.gradient.items()]
     assert norm(differences) <= 1e-6 * norm(list(whole.gradient.values()))
 
@@ -100,10 +104,12 @@ def test_metrics(path: Path) -> None:
         "off_policy/logprob_diff_mean",
         "off_policy/logprob_diff_max",
         "perf/learn_tokens",
-        *(f"divergence/{name}" for name in FAMILY),
+        "optim/masked_completions",
+        "time/divergence_seconds",
+        *shadow_metrics(torch.tensor(report.delta_GK)),
     }
     assert report.metrics["optim/learning_rate"] == 1e-2
-    assert report.metrics["optim/loss"] == report.loss == pytest.approx(report.metrics["divergence/reverse_kl"], rel=1e-6)
+    assert report.metrics["optim/loss"] == report.loss == pytest.approx(report.metrics["divergence/loss/reverse_kl"], rel=1e-6)
     assert report.metrics["off_policy/logprob_diff_max"] == pytest.approx((logp - engine).abs().max().item(), rel=1e-4)
     assert report.metrics["off_policy/logprob_diff_mean"] == pytest.approx((logp - engine).abs().mean().item(), rel=1e-4)
     assert report.metrics["perf/learn_tokens"] == sum(scored.group.token_count for scored in request.groups)
@@ -113,7 +119,7 @@ def test_metrics(path: Path) -> None:
 def test_the_alpha_member_in_use_is_reported(path: Path) -> None:
     objective = replace(tiny_llama.step_request(1).objective, divergence="alpha", alpha=1.5)
     report = take_step(moved(path), tiny_llama.step_request(1, objective=objective), groups_per_micro_batch=4)
-    assert report.metrics["divergence/alpha"] == pytest.approx(report.loss, rel=1e-6)
+    assert report.metrics["divergence/loss/alpha"] == pytest.approx(report.loss, rel=1e-6)
 
 
 def losses(path: Path, steps: int, divergence: str = "reverse_kl") -> list[StepReport]:
@@ -122,7 +128,7 @@ def losses(path: Path, steps: int, divergence: str = "reverse_kl") -> list[StepR
 
 
 def test_the_seed_gives_the_same_losses_twice(path: Path) -> None:
-    assert losses(path, 5) == losses(path, 5)
+    assert [untimed(report) for report in losses(path, 5)] == [untimed(report) for report in losses(path, 5)]
 
 
 @pytest.mark.parametrize("divergence", FAMILY)
@@ -151,3 +157,110 @@ def test_policy_logprobs_in_any_batching(path: Path) -> None:
     expected = plain_logprobs(model, tiny_llama.step_request(1, seeds=(0, 1, 2, 3, 4)).groups)
     for size in (2, 5):
         torch.testing.assert_close(torch.tensor(policy_logprobs(model, groups, groups_per_micro_batch=size)), expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+def with_behaviour(request: StepRequest, seed: int) -> StepRequest:
+    """The same samples, with other thoughts of the sampler about them."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = []
+    for scored in request.groups:
+        completions = []
+        for completion in scored.group.completions:
+            tokens = (-3 * torch.rand(len(completion.token_ids), generator=generator)).tolist()
+            completions.append(replace(completion, token_logprobs=tuple(tokens), logprob=sum(tokens)))
+        groups.append(replace(scored, group=replace(scored.group, completions=tuple(completions))))
+    return replace(request, groups=tuple(groups))
+
+
+@pytest.mark.parametrize("log_z", ["batch", "learned"])
+@pytest.mark.parametrize("divergence", FAMILY)
+def test_ftb_never_reads_what_the_sampler_thought(path: Path, divergence: str, log_z: str) -> None:
+    """Loss and gradient are bit-identical under any behaviour log-probs."""
+    objective = replace(tiny_llama.step_request(1).objective, divergence=divergence, log_z=log_z)
+    request = tiny_llama.step_request(1, objective=objective)
+    models = [moved(path) for _ in range(3)]
+    reports = [take_step(models[0], request, groups_per_micro_batch=4)]
+    reports += [take_step(model, with_behaviour(request, seed), groups_per_micro_batch=4) for seed, model in enumerate(models[1:])]
+    assert len({report.metrics["off_policy/logprob_diff_max"] for report in reports}) == 3
+    for model, report in zip(models[1:], reports[1:], strict=True):
+        assert report.loss == reports[0].loss
+        assert all(torch.equal(model.gradient[name], gradient) for name, gradient in models[0].gradient.items())
+
+
+@pytest.mark.parametrize("kind", BASELINES)
+def test_a_baseline_does_read_it_and_takes_the_same_step_in_micro_batches(path: Path, kind: str) -> None:
+    request = tiny_llama.step_request(1, objective=replace(tiny_llama.step_request(1).objective, kind=kind))
+    whole, parts, other = moved(path), moved(path), moved(path)
+    a = take_step(whole, with_behaviour(request, 0), groups_per_micro_batch=4)
+    b = take_step(parts, with_behaviour(request, 0), groups_per_micro_batch=1)
+    take_step(other, with_behaviour(request, 1), groups_per_micro_batch=4)
+    assert untimed(b).metrics == pytest.approx(untimed(a).metrics, rel=1e-4, abs=1e-6)
+    size = norm(list(whole.gradient.values()))
+    assert norm([gradient - parts.gradient[name] for name, gradient in whole.gradient.items()]) <= 1e-5 * size
+    assert norm([gradient - other.gradient[name] for name, gradient in whole.gradient.items()]) > 1e-2 * size
+
+
+def cut(request: StepRequest, places: set[tuple[int, int]]) -> StepRequest:
+    """The completions at (group, place) were cut at max_tokens."""
+    groups = []
+    for g, scored in enumerate(request.groups):
+        completions = [
+            replace(completion, finish_reason=FinishReason.LENGTH if (g, k) in places else FinishReason.STOP)
+            for k, completion in enumerate(scored.group.completions)
+        ]
+        groups.append(replace(scored, group=replace(scored.group, completions=tuple(completions))))
+    return replace(request, groups=tuple(groups))
+
+
+@pytest.mark.parametrize("kind", ["ftb", *BASELINES])
+def test_truncated_completions_are_masked_when_asked(path: Path, kind: str) -> None:
+    """Masked, their reward and place in the group don't matter; kept, they do."""
+    objective = replace(tiny_llama.step_request(1).objective, kind=kind)
+    request = with_behaviour(cut(tiny_llama.step_request(1, objective=objective), {(0, 1), (2, 0)}), 0)
+    rewarded = []
+    for scored in request.groups:
+        kept = zip(scored.rewards, scored.group.completions, strict=True)
+        rewarded.append(replace(scored, rewards=tuple(9.0 if completion.finish_reason is FinishReason.LENGTH else reward for reward, completion in kept)))
+    other = replace(request, groups=tuple(rewarded))
+    gradients = {}
+    for truncated in ("keep", "mask"):
+        for name, one in (("own", request), ("other", other)):
+            model = moved(path)
+            report = take_step(model, replace(one, objective=replace(objective, truncated=truncated)), groups_per_micro_batch=2)
+            gradients[truncated, name] = list(model.gradient.values())
+            assert report.metrics["optim/masked_completions"] == (2 if truncated == "mask" else 0)
+    assert all(torch.equal(a, b) for a, b in zip(gradients["mask", "own"], gradients["mask", "other"], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(gradients["keep", "own"], gradients["keep", "other"], strict=True))
+
+
+def test_a_step_of_nothing_but_truncated_completions_has_no_gradient(path: Path) -> None:
+    request = tiny_llama.step_request(1)
+    everything = {(g, k) for g, scored in enumerate(request.groups) for k in range(len(scored.rewards))}
+    model = moved(path)
+    report = take_step(model, replace(cut(request, everything), objective=replace(request.objective, truncated="mask")), groups_per_micro_batch=4)
+    assert report.loss == 0
+    assert all(math.isfinite(value) for value in report.metrics.values())
+    assert max(gradient.abs().max().item() for gradient in model.gradient.values()) == 0
+
+
+def test_a_learned_log_z_follows_the_batch_and_is_left_alone_by_a_failed_step(path: Path) -> None:
+    """One prompt per group: after the first step each value is the group's own normaliser; then it moves at its rate."""
+    objective = replace(tiny_llama.step_request(1).objective, log_z="learned", log_z_rate=0.5)
+    model = moved(path)
+    request = tiny_llama.step_request(1, objective=objective)
+    first = take_step(model, request, groups_per_micro_batch=2)
+    prompts = [scored.group.prompt.index for scored in request.groups]
+    assert len(set(prompts)) == len(prompts)
+    start = [-sum(row) / len(row) for row in first.delta_GK]
+    assert [model.log_z.state()[str(prompt)] for prompt in prompts] == pytest.approx(start, rel=1e-6)
+    second = take_step(model, tiny_llama.step_request(2, objective=objective), groups_per_micro_batch=2)
+    slopes = [sum(row) / len(row) + value for row, value in zip(second.delta_GK, start, strict=True)]
+    expected = [value - 0.5 * max(-1, min(1, slope)) for value, slope in zip(start, slopes, strict=True)]
+    before = model.log_z.state()
+    assert [before[str(prompt)] for prompt in prompts] == pytest.approx(expected, rel=1e-6)
+    assert second.metrics["optim/log_z_mean"] == pytest.approx(sum(start) / len(start), rel=1e-6)
+    broken = tiny_llama.step_request(3, objective=objective)
+    broken = replace(broken, groups=(replace(broken.groups[0], rewards=(math.nan, *broken.groups[0].rewards[1:])), *broken.groups[1:]))
+    with pytest.raises(FtbError, match="not finite"):
+        take_step(model, broken, groups_per_micro_batch=2)
+    assert model.log_z.state() == before

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ftb_llm.divergences import FAMILY, get_divergence
-from ftb_llm.objectives import delta, divergence_estimates, ftb_loss
+from ftb_llm.objectives import argument, delta, ftb_loss
 from ftb_llm.types import ObjectiveSpec
 
 SPEC = ObjectiveSpec(kind="ftb", divergence="reverse_kl", alpha=None, beta=0.5, tempered=False)
@@ -105,17 +105,97 @@ def test_large_rewards_over_a_small_beta(spec: ObjectiveSpec, beta: float) -> No
     assert bool((logp.grad.gather(-1, best) < 0).all()), "descent must raise the best completion of each group"
 
 
-def test_estimates_vanish_at_the_target_and_agree_near_it() -> None:
-    shift = torch.arange(6, dtype=torch.float64).unsqueeze(-1).expand(6, 8)
-    assert set(divergence_estimates(shift)) == {f"divergence/{name}" for name in FAMILY}
-    assert max(map(abs, divergence_estimates(shift, 0.3).values())) < 1e-14
-    noise = 1e-3 * batch(5)[1]
-    near = divergence_estimates(shift + noise, 0.3)
-    tv = near.pop("divergence/tv")
-    assert list(near.values()) == pytest.approx([noise.var(-1, unbiased=False).mean().item() / 2] * 7, rel=1e-2)
-    assert tv == pytest.approx((noise - noise.median(-1, keepdim=True).values).abs().mean().item(), rel=1e-9)
+@specs
+def test_a_constant_per_prompt_in_the_reward_changes_no_gradient(spec: ObjectiveSpec) -> None:
+    logp, logp_ref, reward = batch(7)
+    (gradient,) = torch.autograd.grad(ftb_loss(logp, logp_ref, reward, spec, denominator=48)[0], logp)
+    moved = reward + torch.linspace(-3, 3, 6, dtype=torch.float64).unsqueeze(-1)
+    (same,) = torch.autograd.grad(ftb_loss(logp, logp_ref, moved, spec, denominator=48)[0], logp)
+    torch.testing.assert_close(same, gradient, rtol=1e-9, atol=1e-13)
 
 
-def test_estimates_are_finite_however_far() -> None:
-    estimates = divergence_estimates(1e4 * batch(6)[1].float(), 3.0)
-    assert all(math.isfinite(value) and value > 0 for value in estimates.values())
+@specs
+def test_the_order_of_completions_and_groups_changes_nothing(spec: ObjectiveSpec) -> None:
+    logp, logp_ref, reward = batch(8)
+    loss, _ = ftb_loss(logp, logp_ref, reward, spec, denominator=48)
+    (gradient,) = torch.autograd.grad(loss, logp)
+    generator = torch.Generator().manual_seed(0)
+    g, k = torch.randperm(6, generator=generator), torch.randperm(8, generator=generator)
+    shuffled = [tensor.detach()[g][:, k] for tensor in (logp, logp_ref, reward)]
+    loss_there, _ = ftb_loss(shuffled[0].requires_grad_(), *shuffled[1:], spec, denominator=48)
+    (gradient_there,) = torch.autograd.grad(loss_there, shuffled[0])
+    assert loss_there.item() == pytest.approx(loss.item(), rel=1e-12)
+    torch.testing.assert_close(gradient_there, gradient[g][:, k], rtol=1e-9, atol=1e-14)
+
+
+@specs
+def test_ranks_sum_to_the_whole(spec: ObjectiveSpec) -> None:
+    """Each rank holds whole groups and divides by the completions of all ranks."""
+    logp, logp_ref, reward = batch(9)
+    (gradient,) = torch.autograd.grad(ftb_loss(logp, logp_ref, reward, spec, denominator=48)[0], logp)
+    for rank in range(3):
+        own = slice(2 * rank, 2 * rank + 2)
+        local = logp.detach()[own].requires_grad_()
+        (part,) = torch.autograd.grad(ftb_loss(local, logp_ref[own], reward[own], spec, denominator=48)[0], local)
+        torch.testing.assert_close(part, gradient[own], rtol=1e-12, atol=1e-15)
+
+
+def test_kimis_squared_loss_is_the_tempered_reverse_kl() -> None:
+    """((r - c) - tau log(pi / pi_ref))^2 over 2 tau, with c the mean of the residual over the group."""
+    logp, logp_ref, reward = batch(10)
+    tau = SPEC.beta
+    residual = reward - tau * (logp - logp_ref)
+    squared = (residual - residual.mean(-1, keepdim=True).detach()).square().mean() / (2 * tau)
+    ours, _ = ftb_loss(logp, logp_ref, reward, replace(SPEC, tempered=True), denominator=48)
+    assert ours.item() == pytest.approx(squared.item(), rel=1e-12)
+    (expected,) = torch.autograd.grad(squared, logp)
+    (gradient,) = torch.autograd.grad(ours, logp)
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-14)
+
+
+@specs
+def test_a_learned_log_z_takes_the_place_of_the_normaliser(spec: ObjectiveSpec) -> None:
+    logp, logp_ref, reward = batch(11)
+    member = get_divergence(spec.divergence, spec.alpha)
+    x = argument(logp.detach(), logp_ref, reward, spec)
+    own = member.log_z(x)
+    same, _ = ftb_loss(logp, logp_ref, reward, spec, log_z_G=own, denominator=48)
+    batchwise, _ = ftb_loss(logp, logp_ref, reward, spec, denominator=48)
+    assert same.item() == pytest.approx(batchwise.item(), rel=1e-12)
+    log_z = own + 0.3
+    loss, _ = ftb_loss(logp, logp_ref, reward, spec, log_z_G=log_z, denominator=48)
+    (gradient,) = torch.autograd.grad(loss, logp)
+    torch.testing.assert_close(gradient, member.slope(x + log_z.unsqueeze(-1)) / 48, rtol=1e-10, atol=1e-14)
+
+
+def test_a_learned_log_z_far_off_gives_a_finite_gradient_of_the_right_sign() -> None:
+    logp = torch.zeros(1, 4, requires_grad=True)
+    for name in FAMILY:
+        for far in (-1e4, 1e4):
+            loss, _ = ftb_loss(logp, logp.detach(), logp.detach(), replace(SPEC, divergence=name), log_z_G=torch.tensor([far]).double(), denominator=4)
+            (gradient,) = torch.autograd.grad(loss, logp)
+            assert bool(gradient.isfinite().all())
+            assert bool(gradient.square().sum().isfinite())
+            assert gradient.sign().unique().tolist() == [math.copysign(1.0, far)]
+
+
+@specs
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_smallest_groups(spec: ObjectiveSpec, size: int) -> None:
+    """One completion says nothing about its prompt's distribution; two pull against each other."""
+    logp = torch.tensor([[1.0, 3.0]], dtype=torch.float64)[:, :size].requires_grad_()
+    loss, _ = ftb_loss(logp, torch.zeros_like(logp), torch.zeros_like(logp), spec, denominator=size)
+    (gradient,) = torch.autograd.grad(loss, logp)
+    assert gradient.sum().abs().item() <= 1e-12
+    assert gradient.sign().tolist() == ([[0.0]] if size == 1 else [[-1.0, 1.0]])
+
+
+@specs
+def test_equal_completions_and_masked_out_groups_teach_nothing(spec: ObjectiveSpec) -> None:
+    logp, logp_ref, reward = (torch.full((2, 4), value, dtype=torch.float64) for value in (-5.0, -6.0, 1.0))
+    logp.requires_grad_()
+    mask = torch.tensor([[True] * 4, [False] * 4])
+    loss, _ = ftb_loss(logp, logp_ref, reward, spec, mask, denominator=4)
+    (gradient,) = torch.autograd.grad(loss, logp)
+    assert abs(loss.item()) <= 1e-12
+    assert gradient.abs().max().item() <= 1e-12
