@@ -15,7 +15,7 @@ OTHER := $(filter-out $(STAMP),$(wildcard $(VENV)/.setup-*))
 PINS  := requirements/$(EXTRA).txt requirements/dev.txt
 PIP   := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps
 
-.PHONY: help setup train-async test test-unit check lock-check docs clean
+.PHONY: help setup train-async bench test test-unit check lock-check docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +35,9 @@ $(STAMP): $(PINS) pyproject.toml tools/check_torch.py
 
 train-async: setup ## run the main job (CONFIG=configs/quickstart.yaml, ARGS="objective.beta=0.1")
 	@exec $(BIN)/ftb-llm train $(CONFIG) $(ARGS)
+
+bench: setup ## run a benchmark (ARGS="staleness --seeds 0"); docs/cli.md names them
+	@exec $(BIN)/ftb-llm bench $(or $(ARGS),staleness)
 
 test: setup ## run all tests but those that need a GPU (ARGS="-k name")
 	@$(BIN)/python -m pytest -m "not gpu" $(ARGS)

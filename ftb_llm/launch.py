@@ -16,9 +16,12 @@ from typing import Any
 from actors.ray_actor import GeneratorActor
 from ftb_llm.api.app import create_app
 from ftb_llm.api.server import check_port, serve
+from ftb_llm.bench.spec import TrialResult, TrialSpec
+from ftb_llm.bench.workers import spread
 from ftb_llm.config import Config
 from ftb_llm.config.ledger import difference
 from ftb_llm.controller import Controller
+from ftb_llm.custom import load_custom
 from ftb_llm.datasets import PromptOrder
 from ftb_llm.errors import FixedSetting, SetupError
 from ftb_llm.inputs import Inputs, read_inputs
@@ -33,9 +36,10 @@ from ftb_llm.state import Phase
 from ftb_llm.summary import summarise
 from learner.model import check_model
 from learner.ray_actor import LearnerActor
+from learner.trial import run_trial
 
 JOURNAL = "run.db"
-_MADE_OF = ("model.", "data.", "run.seed", "sampling.group_size", "objective.kind")
+_MADE_OF = ("model.", "data.", "run.seed.", "sampling.group_size.", "objective.kind.", "objective.log_z.")  # whole sections and single settings
 INTERRUPTED = 130
 
 
@@ -74,6 +78,8 @@ def ray_for(config: Config) -> Iterator[None]:
 def check_setup(config: Config) -> str | None:
     """Everything that can be known to be wrong before anything is started. Returns the control plane's bearer token."""
     RewardSet(config.rewards.functions)
+    if config.objective.custom is not None:
+        load_custom(config.objective.custom)
     if config.control.enabled:
         check_port(config.control.host, config.control.port)
     if not os.environ.get("RAY_ADDRESS"):
@@ -106,7 +112,7 @@ def check_resumed_config(run_dir: RunDir, config: Config) -> None:
     """A resumed run may move to other resources or schedules, but what its checkpoint and its queue are made of stays."""
     with closing(Journal(run_dir.path / JOURNAL)) as journal:
         for version in journal.configs()[-1:]:
-            changed = [key for key in difference(version.config, config) if key.startswith(_MADE_OF)]
+            changed = [key for key in difference(version.config, config) if f"{key}.".startswith(_MADE_OF)]
             if changed:
                 raise FixedSetting(changed)
 
@@ -209,3 +215,8 @@ def write_outcome(controller: Controller, run_dir: RunDir, facts: dict[str, Any]
     )
     run_dir.write_json("summary.json", summary)
     write_report(run_dir.path)
+
+
+def run_trials(specs: Sequence[TrialSpec], *, jobs: int) -> Iterator[TrialResult]:
+    """Trials side by side in processes of their own, each result as it comes."""
+    return spread(run_trial, specs, jobs=jobs)

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Sequence
 
 from ftb_llm import __version__
-from ftb_llm.cli import doctor, report, service, train
+from ftb_llm.cli import bench, doctor, report, service, train
 from ftb_llm.cli.command import Command, Parser, UsageError, print_error
 from ftb_llm.errors import ConfigError, FixedSetting, FtbError, InvalidConfig, SetupError
 
-COMMANDS: dict[str, Command] = {command.name: command for command in (*train.COMMANDS, *service.COMMANDS, *report.COMMANDS, *doctor.COMMANDS)}
+COMMANDS: dict[str, Command] = {command.name: command for command in (*train.COMMANDS, *service.COMMANDS, *report.COMMANDS, *bench.COMMANDS, *doctor.COMMANDS)}
 USERS_MISTAKES = (UsageError, ConfigError, InvalidConfig, FixedSetting, SetupError)
 
 
@@ -45,15 +45,22 @@ def dispatch(words: list[str]) -> int:
     if words[0] == "--version":
         print(f"ftb-llm {__version__}")
         return 0
-    name, rest = words[0], words[1:]
+    count = 2 if " ".join(words[:2]) in COMMANDS else 1  # words in the command's name
+    name, rest = " ".join(words[:count]), words[count:]
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        raise UsageError(f"no command {name!r}{f'; did you mean {near[0]}?' if near else ''}; see ftb-llm --help")
+        raise unknown(name)
     parser = Parser(COMMANDS[name])
     if "-h" in rest or "--help" in rest:
         parser.print_help()
         return 0
     return COMMANDS[name].run(parser.parse_intermixed_args(rest))
+
+
+def unknown(name: str) -> UsageError:
+    if group := [known for known in COMMANDS if known.startswith(f"{name} ")]:
+        return UsageError(f"{name} is the first word of {', '.join(group)}; see ftb-llm --help")
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    return UsageError(f"no command {name!r}{f'; did you mean {near[0]}?' if near else ''}; see ftb-llm --help")
 
 
 def overview() -> str:

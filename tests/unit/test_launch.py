@@ -18,6 +18,13 @@ from tests.fakes import FakeGenerator, FakeLearner, FakeProgress
 
 Tree = dict[str, Any]
 STEPS = 3
+REWARD_AND_MEMBER = """
+from ftb_llm.divergences import AlphaDivergence
+member = AlphaDivergence(0.3)
+
+def length(completions, **columns):
+    return [float(len(text)) for text in completions]
+"""
 HYPERGRID_REWARD = {"function": "ftb_llm.tasks.hypergrid:reward"}
 
 
@@ -31,7 +38,7 @@ def make(tmp_path: Path, model: Path) -> Callable[..., Config]:
     """The config of a small run `runs/demo`, with changes."""
     rows, reward = tmp_path / "rows.jsonl", tmp_path / "rewards_of_this_test.py"
     rows.write_text(json.dumps({"prompt": "north:"}) + "\n")
-    reward.write_text("def length(completions, **columns):\n    return [float(len(text)) for text in completions]\n")
+    reward.write_text(REWARD_AND_MEMBER)
     tree = {
         "run": {"name": "demo", "dir": str(tmp_path / "runs"), "max_steps": STEPS},
         "model": {"path": str(model)},
@@ -102,6 +109,9 @@ def test_a_run_leaves_its_folder(make: Callable[..., Config], tmp_path: Path, fa
         ({"control": {"token_env": "NO_TOKEN_HERE"}}, r"control\.token_env: the environment variable NO_TOKEN_HERE is not set"),
         ({"control": {"token_env": "BLANK_TOKEN"}}, r"control\.token_env: the environment variable BLANK_TOKEN holds only white space"),
         ({"rewards": {"functions": [{"function": "no_such_module:f"}]}}, r"rewards\.functions: no_such_module:f can't be imported"),
+        ({"objective": {"custom": "no_such_module:member"}}, r"objective\.custom: no_such_module:member can't be imported"),
+        ({"objective": {"custom": "rewards_of_this_test:length"}}, r"objective\.custom: rewards_of_this_test:length made no divergence: TypeError"),
+        ({"objective": {"custom": "os:sep"}}, r"objective\.custom: os:sep is a str; it must be a Divergence"),
         ({"model": {"path": "someone/nothing"}}, r"model\.path: someone/nothing is no local folder"),
         (
             {"data": {"path": "builtin:sums"}, "rewards": {"functions": [{"function": "ftb_llm.tasks.hypergrid:reward"}]}},
@@ -177,5 +187,10 @@ def test_a_live_run_cant_be_resumed(make: Callable[..., Config], tmp_path: Path,
 def test_what_a_run_is_made_of_stays(make: Callable[..., Config], tmp_path: Path, fake_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert train(make()) == 0
     monkeypatch.setattr(launch, "running_ray", lambda: pytest.fail("Ray was started"))
-    with pytest.raises(FtbError, match=r"fixed for the life of the run: sampling\.group_size"):
-        train(make(sampling={"group_size": 4}), resume=tmp_path / "runs" / "demo")
+    with pytest.raises(FtbError, match=r"fixed for the life of the run: objective\.log_z, sampling\.group_size$"):
+        train(make(sampling={"group_size": 4}, objective={"log_z": "learned", "log_z_rate": 0.5}), resume=tmp_path / "runs" / "demo")
+
+
+def test_what_a_run_is_not_made_of_may_change(make: Callable[..., Config], tmp_path: Path, fake_ray: None) -> None:
+    assert train(make()) == 0
+    assert train(make(objective={"log_z_rate": 0.5, "custom": "rewards_of_this_test:member"}), resume=tmp_path / "runs" / "demo") == 0

@@ -1,0 +1,211 @@
+"""`ftb-llm bench ...`: measure staleness, divergences, the cost of the losses, and the quickstart per divergence."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftb_llm.bench.spec import BASELINES, MEMBERS, SET_IN_RUNS, SET_IN_TRIALS, TASK_SETTINGS, check_words
+from ftb_llm.cli.command import Command, UsageError, add_json, print_json, print_table
+from ftb_llm.errors import SetupError
+
+if TYPE_CHECKING:
+    from ftb_llm.bench.tables import Table
+
+OBJECTIVES_HELP = "such as hellinger, alpha:0.75, tv:0.1, grpo, importance:forward_kl, hellinger+tempered, reverse_kl+learned"
+
+
+def configure_staleness(parser: argparse.ArgumentParser) -> None:
+    _add_trials(parser, objectives=(*MEMBERS, *BASELINES), lags="0,1,4,16,50,256", out="bench/staleness")
+
+
+def configure_divergences(parser: argparse.ArgumentParser) -> None:
+    _add_trials(parser, objectives=MEMBERS, lags="0,50", out="bench/divergences")
+
+
+def _add_trials(parser: argparse.ArgumentParser, *, objectives: Sequence[str], lags: str, out: str) -> None:
+    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="settings of every trial, such as learner.learning_rate=0.001")
+    parser.add_argument("--tasks", type=_names, default=list(TASK_SETTINGS), metavar="LIST", help=f"default: {','.join(TASK_SETTINGS)}")
+    parser.add_argument("--lags", type=_numbers, default=_numbers(lags), metavar="LIST", help=f"ages of the samples, in steps (default: {lags})")
+    parser.add_argument("--objectives", type=_names, default=list(objectives), metavar="LIST", help=f"{OBJECTIVES_HELP} (default: {','.join(objectives)})")
+    parser.add_argument("--seeds", type=_numbers, default=[0, 1, 2], metavar="LIST", help="default: 0,1,2")
+    parser.add_argument("--steps", type=_positive, metavar="N", help="optimizer steps per trial (default: 400 on hypergrid, 300 on sums)")
+    parser.add_argument("--jobs", type=_positive, metavar="N", help="trials side by side, each on one core (default: all cores)")
+    _add_set(parser)
+    _add_out(parser, out)
+    add_json(parser)
+
+
+def configure_quickstart(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="settings of every run")
+    parser.add_argument("--config", default="configs/quickstart.yaml", metavar="FILE", help="default: configs/quickstart.yaml")
+    parser.add_argument("--members", type=_names, default=list(MEMBERS), metavar="LIST", help=f"{OBJECTIVES_HELP} (default: {','.join(MEMBERS)})")
+    _add_set(parser)
+    _add_out(parser, "bench/quickstart")
+    add_json(parser)
+
+
+def _add_set(parser: argparse.ArgumentParser) -> None:
+    what = "a setting of one objective alone, such as tv:learner.learning_rate=0.001; may be repeated"
+    parser.add_argument("--set", action="append", default=[], metavar="NAME:KEY=VALUE", dest="own", help=what)
+
+
+def _add_out(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--out", type=Path, default=Path(default), metavar="DIR", help=f"folder of the results; what it has is not measured again ({default})")
+
+
+def run_staleness(args: argparse.Namespace) -> int:
+    from ftb_llm.bench.figures import staleness_picture
+    from ftb_llm.bench.tables import staleness_tables
+
+    rows = _measured(args)
+    _publish(args, rows, staleness_tables(rows), staleness_picture(rows))
+    return 0
+
+
+def run_divergences(args: argparse.Namespace) -> int:
+    from ftb_llm.bench.figures import divergences_picture
+    from ftb_llm.bench.tables import divergences_tables
+
+    rows = _measured(args)
+    _publish(args, rows, divergences_tables(rows), divergences_picture(rows))
+    return 0
+
+
+def run_losses(args: argparse.Namespace) -> int:
+    from ftb_llm.bench.losses import losses_table, measure_losses
+
+    rows = measure_losses()
+    if args.json:
+        print_json(rows)
+    else:
+        _print_tables([losses_table(rows)])
+    return 0
+
+
+def run_quickstart(args: argparse.Namespace) -> int:
+    from ftb_llm.bench.quickstart import plan, quickstart_table, run_jobs, train_in_a_process
+
+    jobs = plan(args.config, args.members, _settings(args, args.members, SET_IN_RUNS), folder=args.out / "runs")
+    rows = list(run_jobs(jobs, train=train_in_a_process, say=_say))
+    _publish(args, rows, [quickstart_table(rows)], None)
+    return 0
+
+
+def _measured(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of every trial that the words ask for."""
+    from ftb_llm.bench.trials import grid, measure
+    from ftb_llm.inputs import built
+    from ftb_llm.machine import core_count
+    from ftb_llm.progress import PlainProgress
+
+    for task in args.tasks:
+        if task not in TASK_SETTINGS:
+            raise UsageError(f"argument --tasks: {task} is no task; the tasks are {', '.join(TASK_SETTINGS)}")
+    if args.steps is not None:
+        args.words = [*args.words, f"run.max_steps={args.steps}"]
+    specs = grid(tasks=args.tasks, objectives=args.objectives, lags=args.lags, seeds=args.seeds, settings=_settings(args, args.objectives, SET_IN_TRIALS))
+    from ftb_llm import launch
+
+    for task in args.tasks:
+        built(task, PlainProgress(sys.stderr, every_steps=1))
+    return measure(specs, folder=args.out, run=lambda some: launch.run_trials(some, jobs=args.jobs or core_count()), say=_say)
+
+
+def _settings(args: argparse.Namespace, names: Sequence[str], set_by: Mapping[str, str]) -> Callable[[str], list[str]]:
+    """The KEY=VALUE words of each objective: those for all, then its own."""
+    own: dict[str, list[str]] = {name: [] for name in names}
+    for text in args.own:
+        head, equals, value = text.partition("=")
+        name, colon, key = head.rpartition(":")
+        if not equals or not colon or name not in own:
+            raise UsageError(f"argument --set: {text} is wrong: it should be NAME:KEY=VALUE with a NAME among {', '.join(names)}")
+        own[name].append(f"{key}={value}")
+    check_words([*args.words, *(word for words in own.values() for word in words)], set_by)
+    return lambda name: [*args.words, *own[name]]
+
+
+def _publish(args: argparse.Namespace, rows: list[dict[str, Any]], tables: "Sequence[Table]", picture: str | None) -> None:
+    """Write rows.json, table.md and plot.svg, and print the rows or the tables."""
+    from ftb_llm.run_dir import write_whole
+
+    files = {"rows.json": json.dumps(rows, indent=1) + "\n", "table.md": "\n".join(table.markdown() for table in tables)}
+    if picture is not None:
+        files["plot.svg"] = picture
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            write_whole(args.out / name, text)
+    except OSError as error:
+        raise SetupError(f"--out: {args.out} can't be written: {error.strerror}") from None
+    if args.json:
+        print_json(rows)
+    else:
+        _print_tables(tables)
+    _say(f"written to {args.out}: {', '.join(files)}")
+
+
+def _print_tables(tables: "Sequence[Table]") -> None:
+    for table in tables:
+        print(f"{table.title}\n")
+        print_table(table.rows)
+        print()
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    if not all(names) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text!r} is wrong: it should be different names, separated by commas")
+    return names
+
+
+def _numbers(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is wrong: it should be different whole numbers from 0, separated by commas")
+    return [int(part) for part in parts]
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is wrong: it should be a whole number from 1")
+    return int(text)
+
+
+COMMANDS = (
+    Command(
+        name="bench staleness",
+        help="train on samples that are 0 to 256 steps old, with every objective",
+        description="Short trainings of the real learner, each on samples that are a fixed number of steps old, judged exactly. "
+        "Prints final exact TV and coverage; writes rows.json, table.md and plot.svg. An interrupted bench goes on where it stopped.",
+        configure=configure_staleness,
+        run=run_staleness,
+    ),
+    Command(
+        name="bench divergences",
+        help="how each divergence learns, on-policy and off-policy",
+        description="The same trainings as curves: exact TV, Jensen-Shannon divergence and modes found against the completions seen.",
+        configure=configure_divergences,
+        run=run_divergences,
+    ),
+    Command(
+        name="bench losses",
+        help="milliseconds of log Z and weights per divergence",
+        description="Median milliseconds of log Z and weights for 4,096 groups of 16 completions on one core, and of all shadow divergences of one step.",
+        configure=add_json,
+        run=run_losses,
+    ),
+    Command(
+        name="bench quickstart",
+        help="the quickstart once per divergence",
+        description="Runs ftb-llm train once per divergence, one after the other, and tells the final exact TV of each.",
+        configure=configure_quickstart,
+        run=run_quickstart,
+    ),
+)
