@@ -12,7 +12,10 @@ _REWARD_WINDOW_STEPS = 10  # sampled rewards are noisy: without an oracle, start
 
 
 def summarise(run_dir: RunDir, config: Config, *, state: str, accounting: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
-    """Everything that `summary.json` holds; None where this run has no such number."""
+    """Everything that `summary.json` holds; None where this run has no such number.
+
+    `shadow_share` is the part of the learner's time that goes into the divergences that don't train.
+    """
     rows = list(run_dir.metrics())
     events = list(run_dir.events())
     steps = [row for row in rows if row["step"] > 0]
@@ -37,6 +40,7 @@ def summarise(run_dir: RunDir, config: Config, *, state: str, accounting: dict[s
         "mean_staleness_steps": _mean(steps, "off_policy/staleness_mean"),
         "generate_tokens_per_second": _mean(steps, "perf/generate_tokens_per_second"),
         "learn_tokens_per_second": _mean(steps, "perf/learn_tokens_per_second"),
+        "shadow_share": _share(steps, "time/divergence_seconds", "time/learn_seconds"),
         "pushes": len(pushes),
         "pushes_failed": sum(event["kind"] == "push_failed" for event in events),
         "push_pause_ms_p50": statistics.median(event["pause_ms"] for event in pushes) if pushes else None,
@@ -60,3 +64,9 @@ def summarise(run_dir: RunDir, config: Config, *, state: str, accounting: dict[s
 
 def _mean(rows: Sequence[dict[str, Any]], name: str) -> float | None:
     return statistics.fmean(row[name] for row in rows) if rows else None
+
+
+def _share(rows: Sequence[dict[str, Any]], part: str, whole: str) -> float | None:
+    """Of all the time in `whole`, how much was `part`, over the steps that have both."""
+    both = [row for row in rows if part in row and whole in row]
+    return sum(row[part] for row in both) / sum(row[whole] for row in both) if both else None

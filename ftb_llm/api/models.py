@@ -102,6 +102,19 @@ class Accounting(Document):
     reasons: dict[str, int] = Field(default_factory=dict, description="Why groups were dropped or rejected.")
 
 
+class DivergenceStatus(Document):
+    """One member of the family on the samples of the last step."""
+
+    estimate: float | None = Field(
+        description="Estimated divergence of the policy from its target; tv is the sum of absolute differences, js four times the usual one."
+    )
+    stderr: float | None = Field(description="Standard error of the estimate.")
+    loss: float | None = Field(description="Mean loss that this member has, or would have.")
+    weight_rms: float | None = Field(description="Root mean square of the weights it gives to the completions.")
+    weight_max: float | None = Field(description="The largest of them in size.")
+    ess: float | None = Field(description="How many of the step's completions carry its gradient.")
+
+
 class Status(Document):
     """The run at a glance."""
 
@@ -116,7 +129,7 @@ class Status(Document):
     buffer: BufferStatus
     staleness: StalenessStatus
     throughput: Throughput
-    divergences: dict[str, float | None]
+    divergences: dict[str, DivergenceStatus] = Field(description="Every member of the family on the samples of the last step, whichever trains.")
     reward: dict[str, float | None]
     eval: dict[str, float | None] = Field(description="Latest exact numbers; empty for tasks without an oracle.")
     accounting: Accounting

@@ -95,17 +95,22 @@ def _groups(accounting: Mapping[str, Any]) -> Iterator[Metric]:
 
 
 def _row(row: Mapping[str, Any]) -> Iterator[Metric]:
-    """Each slash-named metric under its own name; the divergences as one metric with a label."""
-    divergence = GaugeMetricFamily("ftb_llm_divergence", "Estimated divergence between policy and target, latest step.", labels=["name"])
+    """Each slash-named metric under its own name; the divergences as two metrics with labels."""
+    divergence = GaugeMetricFamily("ftb_llm_divergence", "What the latest step says of each divergence.", labels=["name", "quantity"])
+    cosine = GaugeMetricFamily("ftb_llm_divergence_cosine", "Cosine of the weights that two divergences give to the latest step.", labels=["a", "b"])
     for name, value in row.items():
         number = _number(value)
         if "/" not in name or number is None or name.startswith(IN_STATUS):
             continue
-        if name.startswith("divergence/"):
-            divergence.add_metric([name.removeprefix("divergence/")], number)
+        if name.startswith("divergence/cosine/"):
+            cosine.add_metric(name.removeprefix("divergence/cosine/").split(":"), number)
+        elif name.startswith("divergence/"):
+            _, quantity, member = name.split("/")
+            divergence.add_metric([member, quantity], number)
         else:
             yield GaugeMetricFamily(f"ftb_llm_{re.sub('[^a-z0-9]+', '_', name.lower())}", f"{name} of the latest step that has it.", value=number)
     yield divergence
+    yield cosine
 
 
 def _number(value: Any) -> float | None:

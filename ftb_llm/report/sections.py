@@ -7,13 +7,23 @@ from html import escape
 from itertools import pairwise
 from typing import Any
 
-from ftb_llm.report.files import Row, RunFiles
+from ftb_llm.config.schema import DIVERGENCES
+from ftb_llm.report.files import Point, Row, RunFiles, thin
 from ftb_llm.report.heatmap import heat_png, legend_png
 from ftb_llm.report.summary import SummaryRow, judged_rows
 from ftb_llm.report.svg import Mark, Series, bar_chart, line_chart
 
 BARS_AT_MOST = 30
-EXACT_NAMES = ("forward_kl", "reverse_kl", "pearson", "neyman", "hellinger", "js")
+CURVE_POINTS = 100  # of curves that jump from step to step: means over neighbours show where they go
+
+DISTANCE_NOTE = (
+    "The estimates come from each step's own completions; the band is two standard errors to either side. They are too low where groups are small, "
+    "and they can't see what no completion has hit. On stale completions they only say how far the policy is from the target on those."
+)
+MEMBERS_NOTE = (
+    "Whichever divergence trains, each of them gives every completion of the step a weight. Where few completions carry the gradient, steps are noisy; "
+    "where two divergences agree (cosine 1), they ask for the same step."
+)
 
 
 def missing(text: str) -> str:
@@ -69,23 +79,58 @@ def learning(run: RunFiles) -> str:
 
 
 def divergences(run: RunFiles) -> str:
-    """One small chart per divergence: exact where an oracle says so, and estimated from the training batches."""
+    """Each divergence as the training batches say it and as the oracle knows it; then how the members would have trained."""
     marks = divergence_marks(run)
-    exact = [name for name in EXACT_NAMES if run.points(f"eval/exact_{name}")]
-    estimated = [name.removeprefix("divergence/") for name in run.metrics_below("divergence/")]
-    parts = ["<h3>Exact, from the oracle</h3>"]
-    parts.append(_small_charts(run, "eval/exact_", exact, marks, dots=True) if exact else missing("This run's task has no oracle, or it was not evaluated."))
-    parts.append("<h3>Estimated from the training batches</h3>")
-    parts.append(_small_charts(run, "divergence/", estimated, marks, dots=False) if estimated else missing("Not recorded in this run."))
+    parts = ["<h3>Between policy and target</h3>"]
+    if not any(run.points(f"eval/exact_{name}") for name in DIVERGENCES):
+        parts.append(missing("This run's task has no oracle, or it was not evaluated."))
+    charts = [_distance_chart(run, name, marks) for name in DIVERGENCES if run.points(f"divergence/estimate/{name}") or run.points(f"eval/exact_{name}")]
+    if not charts:
+        return "".join([*parts, missing("Not recorded in this run.")])
+    parts.append(f"<p>{DISTANCE_NOTE}</p>")
+    parts.append(f'<div class="small">{"".join(charts)}</div>')
+    parts.append("<h3>As each member would have trained</h3>")
+    parts.append(f"<p>{MEMBERS_NOTE}</p>")
+    parts.append(side_by_side(_ess_chart(run, marks), _cosine_chart(run, marks)))
     return "".join(parts)
 
 
-def _small_charts(run: RunFiles, prefix: str, names: Sequence[str], marks: Sequence[Mark], *, dots: bool) -> str:
-    charts = [
-        line_chart(name.replace("_", " "), [Series(label=name, points=run.points(prefix + name), dots=dots)], marks=marks, width=350, height=180)
-        for name in names
-    ]
-    return f'<div class="small">{"".join(charts)}</div>'
+def _distance_chart(run: RunFiles, name: str, marks: Sequence[Mark]) -> str:
+    """Estimate with its error, and the exact value where there is one: of tv, both in the everyday scale."""
+    scale = 0.5 if name == "tv" else 1.0
+    rows = [row for row in run.rows if row.get(f"divergence/estimate/{name}") is not None]
+    estimate = Series(
+        label="estimate",
+        points=[(row["step"], scale * row[f"divergence/estimate/{name}"]) for row in rows],
+        band=[(row["step"], 2 * scale * row[f"divergence/stderr/{name}"]) for row in rows],
+        look="faint",
+    )
+    exact = Series(label="exact", points=run.points(f"eval/exact_{name}"), colour=1, dots=True)
+    unit = "half the sum of |p − q|" if name == "tv" else ""
+    return line_chart(name.replace("_", " "), [estimate, exact], marks=marks, unit=unit, width=350, height=180)
+
+
+def _ess_chart(run: RunFiles, marks: Sequence[Mark]) -> str:
+    curves = [(name, run.points(f"divergence/ess/{name}")) for name in DIVERGENCES]
+    return line_chart("Completions that carry the gradient", _member_curves(curves), marks=marks, unit="effective number per step", height=280, from_zero=True)
+
+
+def _cosine_chart(run: RunFiles, marks: Sequence[Mark]) -> str:
+    curves = [(name, [(row["step"], cosine) for row in run.rows if (cosine := _cosine_to_active(row, name)) is not None]) for name in DIVERGENCES]
+    return line_chart("Agreement with the divergence in force", _member_curves(curves), marks=marks, unit="cosine of the weights", height=280)
+
+
+def _cosine_to_active(row: Row, name: str) -> float | None:
+    """None where the step's divergence, or `name`, is not among those that were compared."""
+    active = row.get("objective", {}).get("divergence")
+    if active == name and f"divergence/loss/{name}" in row:
+        return 1.0
+    found: float | None = row.get(f"divergence/cosine/{name}:{active}", row.get(f"divergence/cosine/{active}:{name}"))
+    return found
+
+
+def _member_curves(curves: Iterable[tuple[str, Sequence[Point]]]) -> list[Series]:
+    return [Series(label=name.replace("_", " "), points=thin(points, CURVE_POINTS), colour=index) for index, (name, points) in enumerate(curves)]
 
 
 def staleness(run: RunFiles) -> str:

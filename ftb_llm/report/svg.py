@@ -12,13 +12,14 @@ LEFT, RIGHT, TOP, BOTTOM = 52.0, 14.0, 18.0, 30.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
-    """One curve. `look` is one or more of the CSS classes `faint`, `dashed`."""
+    """One curve. `look` is one or more of the CSS classes `faint`, `dashed`; `band` is how far off each point may be."""
 
     label: str
     points: Sequence[Point]
     colour: int = 0
     look: str = ""
     dots: bool = False
+    band: Sequence[Point] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +64,8 @@ def line_chart(
     x = Axis(low=min(steps), high=max(max(steps), min(steps) + 1), start=LEFT, end=width - RIGHT)
     y = value_axis(values, top=TOP, bottom=height - BOTTOM, from_zero=from_zero)
     parts = [*_grid(x, y, width, height), *_marks(marks, x, height)]
-    for one in drawn:
-        parts.append(_curve(one, x, y))
+    parts += [_band(one, x, y) for one in drawn if one.band]
+    parts += [_curve(one, x, y) for one in drawn]
     legend = _legend(drawn) if len(drawn) > 1 else ""
     summary = "; ".join(f"{one.label} from {tick_text(one.points[0][1])} to {tick_text(one.points[-1][1])}" for one in drawn)
     return figure(title, legend, _svg(width, height, f"{title}: {summary}", parts), unit=f"{unit}{', log scale' if y.log else ''}".removeprefix(", "))
@@ -163,6 +164,14 @@ def _curve(one: Series, x: Axis, y: Axis) -> str:
         for (left, top), (step, value) in zip(placed, points, strict=True):
             parts.append(f'<circle class="dot c{one.colour}" cx="{left:.1f}" cy="{top:.1f}" r="2.6"><title>step {step:g}: {value:.5g}</title></circle>')
     return "".join(parts)
+
+
+def _band(one: Series, x: Axis, y: Axis) -> str:
+    """The area within `band` of the curve, as far as the axis goes: a wild error bar must not flatten the curves."""
+    middle, width = thin(one.points), [value for _, value in thin(one.band)]
+    edges = [[(step, min(max(value + sign * off, y.low), y.high)) for (step, value), off in zip(middle, width, strict=True)] for sign in (1, -1)]
+    path = "M" + "L".join(f"{x.place(step):.1f} {y.place(value):.1f}" for step, value in (*edges[0], *reversed(edges[1]))) + "Z"
+    return f'<path class="band b{one.colour}" d="{path}"/>'
 
 
 def _legend(series: Sequence[Series]) -> str:

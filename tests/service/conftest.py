@@ -28,7 +28,10 @@ class FakeRun:
         self.state = "training"
         self.cause: str | None = None
         self.broken = False
-        self.divergences: dict[str, float] = {"reverse_kl": 0.25, "pearson": float("nan"), "neyman": float("inf")}
+        self.divergences: dict[str, dict[str, float]] = {
+            "reverse_kl": {"estimate": 0.25, "stderr": 0.125, "loss": 0.5, "weight_rms": 1.0, "weight_max": 2.0, "ess": 200.0},
+            "pearson": {"estimate": float("nan"), "stderr": float("inf"), "loss": 0.5, "weight_rms": 1.0, "weight_max": 2.0, "ess": 12.5},
+        }
         self.commands: list[tuple[str, str]] = []
         self.changes: list[ConfigVersion] = []
         self.ledger = ConfigLedger(build_config({"run": {"max_steps": 50}}), next_step=lambda: self.step + 1, on_change=self.changes.append)

@@ -26,8 +26,11 @@ ROW = {
     "objective": {"kind": "ftb"},
     "reward/mean": 0.75,
     "reward/std": None,
-    "divergence/hellinger": 0.1,
-    "divergence/tv": 0.2,
+    "divergence/estimate/hellinger": 0.1,
+    "divergence/estimate/tv": 0.2,
+    "divergence/stderr/tv": 0.05,
+    "divergence/ess/tv": 250.0,
+    "divergence/cosine/hellinger:tv": 0.875,
     "perf/queue_groups": 3,
     "off_policy/staleness_max": 4,
     "eval/exact_tv": 0.04,
@@ -65,7 +68,11 @@ def test_labels() -> None:
     assert found[labelled("groups_total", state="trained")] == 11
     assert found[labelled("groups_lost_total", reason="nan")] == 2
     assert found[labelled("actor_version", actor="generator-1")] == 4
-    assert found[labelled("divergence", name="tv")] == 0.2
+    assert found[labelled("divergence", name="hellinger", quantity="estimate")] == 0.1
+    assert found[labelled("divergence", name="tv", quantity="estimate")] == 0.2
+    assert found[labelled("divergence", name="tv", quantity="stderr")] == 0.05
+    assert found[labelled("divergence", name="tv", quantity="ess")] == 250
+    assert found[labelled("divergence_cosine", a="hellinger", b="tv")] == 0.875
     assert found[labelled("state", state="training")] == 1
     assert sum(value for (name, _), value in found.items() if name == "ftb_llm_state") == 1
 
@@ -86,4 +93,4 @@ def test_what_is_not_known_is_left_out() -> None:
 def test_before_the_first_step_there_is_no_row() -> None:
     found = samples({**STATUS, "actors": [], "accounting": {**STATUS["accounting"], "reasons": {}}}, {})
     assert found[labelled("step")] == 12
-    assert not any(name in ("ftb_llm_divergence", "ftb_llm_actor_version", "ftb_llm_groups_lost_total") for name, _ in found)
+    assert not any(name in ("ftb_llm_divergence", "ftb_llm_divergence_cosine", "ftb_llm_actor_version", "ftb_llm_groups_lost_total") for name, _ in found)

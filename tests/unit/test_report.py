@@ -19,7 +19,7 @@ from ftb_llm.report import summary_rows, write_report
 from ftb_llm.report.files import read_run, thin
 from ftb_llm.report.heatmap import PALETTE, heat_png
 from ftb_llm.report.page import PARTS
-from ftb_llm.report.sections import _bars, divergence_marks
+from ftb_llm.report.sections import _bars, _cosine_to_active, divergence_marks, divergences
 from ftb_llm.report.summary import judged_rows
 from ftb_llm.report.svg import Axis, Mark, Series, line_chart, nice_ticks, value_axis
 from tests.synthetic_run import SWAP_STEP, summary, write_run, write_versions
@@ -102,6 +102,40 @@ def test_a_change_of_divergence_is_marked_in_the_curves(page: Path) -> None:
     assert "objective.divergence.name: reverse_kl → hellinger" in text
     assert str(SWAP_STEP) in text
     assert page.read_text(encoding="utf-8").count('class="mark-label"') >= 10  # reward, TV, and each divergence
+
+
+def test_estimates_stand_beside_exact_values_with_their_error(page: Path) -> None:
+    text = divergences(read_run(page.parent))
+    charts = re.findall(r"<figure>.*?</figure>", text)
+    assert len(charts) == 7 + 2
+    assert all('class="band b0"' in chart and ">estimate</span>" in chart and ">exact</span>" in chart for chart in charts[:7])
+    assert all(f'class="line c{colour} ' in chart for chart in charts[7:] for colour in range(7))
+
+
+def test_tv_is_drawn_in_the_scale_of_its_exact_value(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=2)
+    row = {"divergence/estimate/tv": 0.5, "divergence/stderr/tv": 0.25, "eval/exact_tv": 0.25}
+    (run / "metrics.jsonl").write_text("".join(json.dumps({"step": step, **row}) + "\n" for step in (1, 2)))
+    text = divergences(read_run(run))
+    assert "estimate from 0.25 to 0.25; exact from 0.25 to 0.25" in text
+    assert "half the sum of |p − q|" in text
+
+
+def test_agreement_is_with_the_divergence_of_the_step() -> None:
+    row = {"objective": {"divergence": "tv"}, "divergence/loss/tv": 1.0, "divergence/cosine/hellinger:tv": 0.25, "divergence/cosine/tv:js": 0.5}
+    assert [_cosine_to_active(row, name) for name in ("tv", "hellinger", "js", "pearson")] == [1.0, 0.25, 0.5, None]
+    assert _cosine_to_active(row | {"objective": {"divergence": "custom"}}, "custom") is None
+    assert _cosine_to_active({}, "tv") is None
+
+
+def test_a_band_ends_where_the_axis_does() -> None:
+    figure = line_chart("wild", [Series(label="one", points=[(0, 1.0), (1, 2.0)], band=[(0, 0.0), (1, 1e300)])])
+    corners = re.search(r'class="band b0" d="M(.*?)Z"', figure)
+    assert corners
+    heights = [float(corner.split()[1]) for corner in corners[1].split("L")]
+    assert len(heights) == 4
+    assert heights[0] == heights[3]  # no error
+    assert (heights[1], heights[2]) == (18.0, 200.0)  # the ends of the axis
 
 
 def test_the_report_starts_with_the_first_config_not_with_the_newest(page: Path) -> None:

@@ -57,3 +57,10 @@ def test_pushes_are_summed_up_from_their_events(tmp_path):
 def test_an_empty_run_has_a_summary_too(tmp_path):
     summary = summary_of(tmp_path, [])
     assert summary["steps"] == 0 and summary["train_seconds"] == 0 and summary["push_pause_ms_p50"] is None and summary["reward_end"] is None
+    assert summary["shadow_share"] is None
+
+
+def test_the_share_of_the_shadow_divergences_is_of_the_learners_time(tmp_path):
+    timed = {"time/learn_seconds": 0.25, "time/divergence_seconds": 0.0}
+    rows = [make_row(1, **timed), make_row(2, **timed | {"time/divergence_seconds": 0.0625}), make_row(3)]
+    assert summary_of(tmp_path, rows)["shadow_share"] == 0.125
