@@ -48,7 +48,11 @@ class CannotCheck(Exception):
 
 DIVERGENCES = "ftb_llm/divergences.py"
 NUMERICS = "ftb_llm/numerics.py"
+OBJECTIVES = "ftb_llm/objectives.py"
+BASELINES = "ftb_llm/baselines.py"
+TRAJECTORIES = "ftb_llm/trajectory_losses.py"
 MEMBER_TESTS = ("tests/unit/test_divergences.py", "tests/unit/test_divergence_proofs.py")
+OBJECTIVE_TESTS = ("tests/unit/test_objectives.py", "tests/unit/test_baselines.py", "tests/unit/test_trajectory_losses.py")
 
 MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
@@ -183,6 +187,55 @@ MUTATIONS: tuple[Mutation, ...] = (
         old="for _ in range(80):",
         new="for _ in range(30):",
         tests=MEMBER_TESTS,
+    ),
+    Mutation(
+        name="Delta with the reward's sign turned",
+        file=OBJECTIVES,
+        old="return logp - logp_ref - reward / beta",
+        new="return logp - logp_ref + reward / beta",
+        tests=OBJECTIVE_TESTS,
+    ),
+    Mutation(
+        name="tempered loss not divided by beta",
+        file=OBJECTIVES,
+        old="/ (spec.beta if spec.tempered else 1.0)",
+        new="/ 1.0",
+        tests=OBJECTIVE_TESTS,
+    ),
+    Mutation(
+        name="masked completions kept in the loss",
+        file=OBJECTIVES,
+        old="return value if mask is None else torch.where(mask, value, 0.0)",
+        new="return value",
+        tests=OBJECTIVE_TESTS,
+    ),
+    Mutation(
+        name="weights of any size let through",
+        file=OBJECTIVES,
+        old=".clamp(-WEIGHT_LIMIT, WEIGHT_LIMIT)",
+        new="",
+        tests=OBJECTIVE_TESTS,
+    ),
+    Mutation(
+        name="PPO's clip takes the larger gain",
+        file=BASELINES,
+        old="torch.minimum(free_GKT, cut_GKT)",
+        new="torch.maximum(free_GKT, cut_GKT)",
+        tests=OBJECTIVE_TESTS,
+    ),
+    Mutation(
+        name="importance weights without the ratio",
+        file=BASELINES,
+        old="weight_GK = masked(ratio_GK * (slope_GK - baseline_G1), samples.mask_GK)",
+        new="weight_GK = masked(slope_GK - baseline_G1, samples.mask_GK)",
+        tests=OBJECTIVE_TESTS,
+    ),
+    Mutation(
+        name="Trust-PCL without a squared",
+        file=TRAJECTORIES,
+        old="return temperature**2 * divergence.loss(",
+        new="return temperature * divergence.loss(",
+        tests=OBJECTIVE_TESTS,
     ),
 )
 
