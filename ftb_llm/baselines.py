@@ -15,6 +15,7 @@ from ftb_llm.objectives import argument, masked, member, weighted_surrogate
 from ftb_llm.types import ObjectiveSpec
 
 _LONGEST_LOG_RATIO = 80.0  # e^80 is still a float32; nothing is learned from a larger ratio that this one doesn't teach
+_LONGEST_PENALTY = 18.0  # from here on GRPO's KL estimate grows linearly, so that its gradient stays a float32 that can be squared
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +56,9 @@ def grpo(samples: Samples, spec: ObjectiveSpec, *, denominator: int) -> Loss:
     advantage_GK = _centred(samples.reward_GK, samples.mask_GK)
     spread_G1 = ((advantage_GK.square() * samples.mask_GK).sum(-1, keepdim=True) / samples.mask_GK.sum(-1, keepdim=True).clamp(min=1)).sqrt()
     gain_GKT, clipped_GKT = _clipped_gain(samples, advantage_GK / (spread_G1 + 1e-4), spec.clip_range)
-    log_ratio_GKT = (samples.logp_ref_GKT - samples.logp_GKT).clamp(max=_LONGEST_LOG_RATIO)
-    k3_GKT = masked(torch.expm1(log_ratio_GKT) - log_ratio_GKT, samples.token_mask_GKT)
+    log_ratio_GKT = samples.logp_ref_GKT - samples.logp_GKT
+    bent_GKT = log_ratio_GKT.clamp(max=_LONGEST_PENALTY)
+    k3_GKT = masked(bent_GKT.expm1() - bent_GKT + (log_ratio_GKT - bent_GKT) * bent_GKT.expm1(), samples.token_mask_GKT)  # e^x - x - 1
     lengths_GK = samples.token_mask_GKT.sum(-1).clamp(min=1)
     loss = -masked((gain_GKT - spec.beta * k3_GKT).sum(-1) / lengths_GK, samples.mask_GK).sum() / denominator
     return loss, _clip_metrics(loss, clipped_GKT, samples, denominator)
@@ -76,10 +78,11 @@ def reinforce(samples: Samples, spec: ObjectiveSpec, *, denominator: int) -> Los
 
 
 def importance(samples: Samples, spec: ObjectiveSpec, *, denominator: int) -> Loss:
-    """The gradient of D_f itself on stale samples: `E_mu[(p / mu) f'(p / p*) grad log p]`, whole-completion ratios, no cut.
+    """The gradient of D_f itself on stale samples: `E_mu[(p / mu) f'(p / p*) grad log p]`, with ratios of whole completions.
 
-    log Z is estimated from the same samples, and the weighted mean is taken off as a baseline. Right in expectation
-    however stale the samples; its variance is what e to the spread of `log p - log mu` makes of it.
+    log Z is estimated from the same samples, and the weighted mean is taken off as a baseline: right as K grows, however
+    stale the samples, and shorter than the truth in small groups. Its variance is what e to the spread of `log p - log mu`
+    makes of it; a ratio is cut only where floats end, at e^80.
     """
     divergence = member(spec)
     with torch.no_grad():

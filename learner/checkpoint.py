@@ -50,7 +50,8 @@ def load(model: AdaptedModel, folder: Path) -> int:
         model.optimizer.load_state_dict(optimizer)
     except (CheckpointError, ValueError) as error:
         raise CheckpointError(f"checkpoint {folder}: {error}") from None
-    model.log_z.load_state(state.get("log_z", {}))
+    if "log_z" in state:  # older checkpoints have none
+        model.log_z.load_state(state["log_z"])
     torch.set_rng_state(generators["cpu"])
     if generators["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(generators["cuda"])

@@ -27,6 +27,7 @@ def take_step(model: AdaptedModel, request: StepRequest, *, groups_per_micro_bat
     reward_GK = torch.tensor([scored.rewards for scored in request.groups], dtype=torch.float64, device=model.device)
     mask_GK = counted(groups, spec).to(model.device)
     denominator = max(1, int(mask_GK.sum()))
+    model.log_z.use(spec.beta, spec.tempered)
     parts: list[_Part] = []
     for start in range(0, len(groups), groups_per_micro_batch):
         rows = slice(start, start + groups_per_micro_batch)
@@ -129,9 +130,12 @@ def _behaviour_tokens(groups: Sequence[Group], logp_GKT: Tensor) -> Tensor | Non
 
 
 def _learn_log_z(model: AdaptedModel, groups: Sequence[Group], x_GK: Tensor, mask_GK: Tensor, log_z_G: Tensor, spec: ObjectiveSpec) -> dict[str, float]:
+    """Move the learned values of the prompts of which something counts."""
     slope_GK = masked(member(spec).slope(x_GK + log_z_G.unsqueeze(-1)), mask_GK)
     slope_G = slope_GK.sum(-1) / mask_GK.sum(-1).clamp(min=1)
-    model.log_z.update([group.prompt.index for group in groups], log_z_G, slope_G, spec.log_z_rate)
+    known_G = mask_GK.any(-1)
+    prompts = [group.prompt.index for group, known in zip(groups, known_G.tolist(), strict=True) if known]
+    model.log_z.update(prompts, log_z_G[known_G], slope_G[known_G], spec.log_z_rate)
     return {"optim/log_z_mean": log_z_G.mean().item()}
 
 

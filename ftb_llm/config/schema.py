@@ -201,15 +201,14 @@ class Objective(Section):
     log_z: Literal["batch", "learned"] = Fixed(
         "batch", "Where log Z comes from: batch minimises the loss over each group; learned keeps one value per prompt and moves it step by step."
     )
-    log_z_rate: float = Live(
-        0.3, "How far a learned log Z moves down its prompt's mean slope per step; with reverse_kl, the share of the way to the groups' own value.", gt=0, le=1
-    )
+    log_z_rate: float = Live(0.3, "How far a learned log Z moves down its prompt's mean slope per step, where a slope counts as at most 1.", gt=0, le=1)
     clip_range: float = Live(0.2, "How far the ratio of ppo_clip and grpo may leave 1 before its gradient is cut.", gt=0, le=1)
     truncated: Literal["keep", "mask", "reject"] = Live(
         "keep",
         "What becomes of completions that are cut at sampling.max_tokens. keep: such a completion is an outcome of the process that samples at most max_tokens "
         "tokens, with exactly the summed log-prob that it has, so the loss stays exact and its reward, usually low, pushes it down. mask: it is left out of "
-        "loss and normaliser, and the policy is told nothing about it. reject: its whole group is rejected, counted with reason truncated.",
+        "loss and normaliser, and the policy is told nothing about it. reject: its whole group is rejected, counted with reason truncated; what is queued "
+        "stays.",
     )
 
 
@@ -352,6 +351,8 @@ def _objective_problems(objective: Objective, sampling: Sampling) -> Iterator[st
         return
     if objective.log_z == "learned":
         yield f"objective.log_z learned only goes with objective.kind ftb, not with {objective.kind}; it must be batch"
+    if objective.tempered:
+        yield f"objective.tempered true only goes with objective.kind ftb, not with {objective.kind}; it must be false"
     for key, value in (("temperature", sampling.temperature), ("top_p", sampling.top_p)):
         if value != 1:
             yield f"sampling.{key} {value:g} does not go with objective.kind {objective.kind}, which needs the policy's own samples; it must be 1"

@@ -124,6 +124,25 @@ def test_grpo_by_hand() -> None:
     assert got.flatten().tolist() == pytest.approx([-(advantage - 0.5 * (1 - math.exp(-0.5))) / 4, -advantage / 4, advantage / 2, 0.0])
 
 
+@pytest.mark.parametrize("far", [30.0, 1e4])
+def test_grpo_is_pulled_back_however_far_the_policy_has_gone(far: float) -> None:
+    """A token that the reference finds e^far times as likely: finite, and descent makes it likelier."""
+    logp = torch.tensor([[[-far], [-1.0]]], requires_grad=True)
+    known = {"behaviour_GK": logp.detach().double().sum(-1), "behaviour_GKT": logp.detach().double(), "mask_GK": torch.ones(1, 2, dtype=torch.bool)}
+    samples = Samples(
+        logp_GKT=logp,
+        logp_ref_GKT=torch.tensor([[[0.0], [-1.0]]]),
+        reward_GK=torch.zeros(1, 2).double(),
+        token_mask_GKT=torch.ones(1, 2, 1, dtype=torch.bool),
+        **known,
+    )
+    loss, _ = BASELINES["grpo"](samples, SPEC, denominator=2)
+    (got,) = torch.autograd.grad(loss, logp)
+    assert math.isfinite(loss.item())
+    assert math.isfinite(got.square().sum().item())
+    assert got[0, 0, 0].item() < -1e6
+
+
 @baselines
 def test_each_baseline_reads_the_behaviour_logprobs(kind: str) -> None:
     logits, reference, reward = outcomes(2)

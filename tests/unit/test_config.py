@@ -144,6 +144,7 @@ def test_a_reward_is_an_import_path() -> None:
         ({"objective": {"divergence": {"name": "custom"}}}, ["objective.divergence.name custom", "objective.custom", "package.module:object"]),
         ({"objective": {"divergence": {"schedule": [{"step": 5, "name": "custom"}]}}}, ["objective.divergence.name custom", "objective.custom"]),
         ({"objective": {"kind": "grpo", "log_z": "learned"}}, ["objective.log_z learned", "objective.kind ftb", "grpo", "batch"]),
+        ({"objective": {"kind": "importance", "tempered": True}}, ["objective.tempered true", "objective.kind ftb", "importance", "false"]),
         ({"objective": {"kind": "ppo_clip"}, "sampling": {"temperature": 0.7}}, ["sampling.temperature 0.7", "objective.kind ppo_clip", "must be 1"]),
         ({"objective": {"kind": "importance"}, "sampling": {"top_p": 0.9}}, ["sampling.top_p 0.9", "objective.kind importance", "must be 1"]),
     ],

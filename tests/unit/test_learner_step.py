@@ -175,16 +175,18 @@ def with_behaviour(request: StepRequest, seed: int) -> StepRequest:
 @pytest.mark.parametrize("log_z", ["batch", "learned"])
 @pytest.mark.parametrize("divergence", FAMILY)
 def test_ftb_never_reads_what_the_sampler_thought(path: Path, divergence: str, log_z: str) -> None:
-    """Loss and gradient are bit-identical under any behaviour log-probs."""
+    """Loss, gradient and learned log Z are bit-identical under any behaviour log-probs, over two steps."""
     objective = replace(tiny_llama.step_request(1).objective, divergence=divergence, log_z=log_z)
-    request = tiny_llama.step_request(1, objective=objective)
     models = [moved(path) for _ in range(3)]
-    reports = [take_step(models[0], request, groups_per_micro_batch=4)]
-    reports += [take_step(model, with_behaviour(request, seed), groups_per_micro_batch=4) for seed, model in enumerate(models[1:])]
-    assert len({report.metrics["off_policy/logprob_diff_max"] for report in reports}) == 3
-    for model, report in zip(models[1:], reports[1:], strict=True):
-        assert report.loss == reports[0].loss
-        assert all(torch.equal(model.gradient[name], gradient) for name, gradient in models[0].gradient.items())
+    for step in (1, 2):
+        request = tiny_llama.step_request(step, objective=objective)
+        reports = [take_step(models[0], request, groups_per_micro_batch=4)]
+        reports += [take_step(model, with_behaviour(request, seed), groups_per_micro_batch=4) for seed, model in enumerate(models[1:])]
+        assert len({report.metrics["off_policy/logprob_diff_max"] for report in reports}) == 3
+        for model, report in zip(models[1:], reports[1:], strict=True):
+            assert report.loss == reports[0].loss
+            assert all(torch.equal(model.gradient[name], gradient) for name, gradient in models[0].gradient.items())
+            assert model.log_z.state() == models[0].log_z.state()
 
 
 @pytest.mark.parametrize("kind", BASELINES)
@@ -252,15 +254,25 @@ def test_a_learned_log_z_follows_the_batch_and_is_left_alone_by_a_failed_step(pa
     prompts = [scored.group.prompt.index for scored in request.groups]
     assert len(set(prompts)) == len(prompts)
     start = [-sum(row) / len(row) for row in first.delta_GK]
-    assert [model.log_z.state()[str(prompt)] for prompt in prompts] == pytest.approx(start, rel=1e-6)
+    assert [model.log_z.state()["values"][str(prompt)] for prompt in prompts] == pytest.approx(start, rel=1e-6)
     second = take_step(model, tiny_llama.step_request(2, objective=objective), groups_per_micro_batch=2)
     slopes = [sum(row) / len(row) + value for row, value in zip(second.delta_GK, start, strict=True)]
     expected = [value - 0.5 * max(-1, min(1, slope)) for value, slope in zip(start, slopes, strict=True)]
     before = model.log_z.state()
-    assert [before[str(prompt)] for prompt in prompts] == pytest.approx(expected, rel=1e-6)
+    assert [before["values"][str(prompt)] for prompt in prompts] == pytest.approx(expected, rel=1e-6)
     assert second.metrics["optim/log_z_mean"] == pytest.approx(sum(start) / len(start), rel=1e-6)
     broken = tiny_llama.step_request(3, objective=objective)
     broken = replace(broken, groups=(replace(broken.groups[0], rewards=(math.nan, *broken.groups[0].rewards[1:])), *broken.groups[1:]))
     with pytest.raises(FtbError, match="not finite"):
         take_step(model, broken, groups_per_micro_batch=2)
     assert model.log_z.state() == before
+
+
+def test_a_group_of_nothing_but_masked_completions_teaches_no_log_z(path: Path) -> None:
+    objective = replace(tiny_llama.step_request(1).objective, log_z="learned", truncated="mask")
+    request = tiny_llama.step_request(1, objective=objective)
+    model = moved(path)
+    take_step(model, cut(request, {(0, k) for k in range(len(request.groups[0].rewards))}), groups_per_micro_batch=2)
+    known = {str(scored.group.prompt.index) for scored in request.groups[1:]}
+    assert set(model.log_z.state()["values"]) == known
+    assert str(request.groups[0].group.prompt.index) not in known
