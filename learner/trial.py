@@ -21,7 +21,7 @@ from ftb_llm.config import Config
 from ftb_llm.config.resolve import resolve_learning_rate, resolve_objective
 from ftb_llm.config.schema import TOKEN_LEVEL
 from ftb_llm.datasets import PromptOrder, to_prompt
-from ftb_llm.errors import FtbError
+from ftb_llm.errors import ConfigError, FtbError, InvalidConfig, RewardError
 from ftb_llm.rewards import RewardSet, reward_call
 from ftb_llm.tasks import get_task
 from ftb_llm.tasks.base_model import ensure_built
@@ -32,6 +32,7 @@ from learner.sampler import Sampler
 from learner.step import take_step
 
 Batch = tuple[ScoredGroup, ...]
+MISTAKES = (InvalidConfig, ConfigError, RewardError)  # of who set the trial up: they say nothing about the objective
 
 
 def run_trial(spec: TrialSpec) -> TrialResult:
@@ -41,12 +42,14 @@ def run_trial(spec: TrialSpec) -> TrialResult:
 
 
 def run(trial: "Trial") -> TrialResult:
-    """Take all steps, or as many as can be taken."""
+    """Take all steps, or as many as can be taken. A mistake in the setup is no result: it is raised."""
     began = time.monotonic()
     error = None
     try:
         for _ in trial.steps():
             pass
+    except MISTAKES:
+        raise
     except FtbError as problem:
         error = str(problem)
         trial.judge_what_is_left()
@@ -87,7 +90,8 @@ class Trial:
                 max_grad_norm=config.learner.max_grad_norm,
                 groups=batch,
             )
-            take_step(self.model, request, groups_per_micro_batch=config.learner.groups_per_micro_batch)
+            with users_code(request):
+                take_step(self.model, request, groups_per_micro_batch=config.learner.groups_per_micro_batch)
             self._taken = step
             if step + self.spec.lag < last:
                 self._sample(version=step)
@@ -154,3 +158,18 @@ class Trial:
             )
         )
         return report
+
+
+@contextlib.contextmanager
+def users_code(request: StepRequest) -> Iterator[None]:
+    """What a step with the user's own divergence raises, and the project didn't raise on purpose, is that divergence's fault."""
+    try:
+        yield
+    except FtbError:
+        raise
+    except Exception as error:  # the user's code may raise anything
+        path = request.objective.custom
+        if path is None:
+            raise
+        message = f"{path} failed in step {request.step}: {type(error).__name__}: {' '.join(str(error).split())}"
+        raise InvalidConfig([ConfigError("objective.custom", message)]) from None

@@ -83,7 +83,7 @@ def limits(panels: Sequence[Panel]) -> tuple[float, float]:
     if panels[0].log:
         values = [max(value, SMALLEST) for point in points for value in (point.low, point.high)]
         return min(values) / 1.15, max(values) * 1.15
-    return 0.0, max(1.0, *(point.high for point in points)) * 1.04
+    return 0.0, max([1.0, *(point.high for point in points)]) * 1.04
 
 
 def log_ticks(low: float, high: float) -> list[float]:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ftb_llm.bench.spec import fingerprint, objective_settings
-from ftb_llm.bench.tables import Table
+from ftb_llm.bench.spec import fingerprint, objective_columns, objective_settings
+from ftb_llm.bench.tables import NONE, Table
+from ftb_llm.bench.trials import writing
 from ftb_llm.config import Config
 from ftb_llm.config.load import build_config, merge, parse_override, read_yaml
 from ftb_llm.errors import FtbError
@@ -69,8 +70,9 @@ def run_jobs(jobs: Sequence[Job], *, train: Train, say: Callable[[str], None]) -
     for count, job in enumerate(jobs, start=1):
         summary = read_summary(job.run_dir)
         if summary.get("state") != "finished":
+            words = words_for(job)
             say(f"{count}/{len(jobs)} {job.objective}: {job.run_dir}")
-            code = train(words_for(job))
+            code = train(words)
             if code == INTERRUPTED:
                 raise KeyboardInterrupt
             if code != 0:
@@ -85,9 +87,9 @@ def words_for(job: Job) -> list[str]:
     """What `ftb-llm train` is told: the settings as one file, or to go on."""
     if (job.run_dir / "config.json").is_file():
         return ["--resume", str(job.run_dir)]
-    job.folder.mkdir(parents=True, exist_ok=True)
     file = job.folder / f"{job.run_dir.name}.yaml"
-    file.write_text(job.config().model_dump_json(indent=2), encoding="utf-8")  # JSON is YAML
+    with writing(job.folder):
+        file.write_text(job.config().model_dump_json(indent=2), encoding="utf-8")  # JSON is YAML
     return [str(file)]
 
 
@@ -98,12 +100,9 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
 
 def row_of(job: Job, summary: dict[str, Any]) -> Row:
     config = job.config()
-    divergence = config.objective.divergence
     row = {
         "task": summary["task"],
-        "objective": config.objective.kind,
-        "divergence": divergence.name,
-        "alpha": divergence.alpha,
+        **objective_columns(config.objective),
         "name": job.objective,
         "seed": config.run.seed,
         "steps": summary["steps"],
@@ -113,20 +112,25 @@ def row_of(job: Job, summary: dict[str, Any]) -> Row:
 
 
 def quickstart_table(rows: Sequence[Row]) -> Table:
+    """The runs' first and last numbers; a task without an oracle has no exact ones."""
     header = ["objective", "learning rate", "exact TV at start", "at end", "reward (target)", "modes found", "seconds"]
     body = [
         [
             row["name"],
             f"{row['learning_rate']:g}",
-            f"{row['exact_tv_start']:.3f}",
-            f"{row['exact_tv_end']:.4f}",
-            f"{row['reward_end']:.3f} ({row['target_reward']:.3f})",
-            f"{row['modes_found']:g} of {row['modes_total']:g}",
-            f"{row['train_seconds']:.0f}",
+            _number(row["exact_tv_start"], ".3f"),
+            _number(row["exact_tv_end"], ".4f"),
+            f"{_number(row['reward_end'], '.3f')} ({_number(row['target_reward'], '.3f')})",
+            f"{_number(row['modes_found'], 'g')} of {_number(row['modes_total'], 'g')}",
+            _number(row["train_seconds"], ".0f"),
         ]
         for row in rows
     ]
     return Table(title=f"Final exact TV of the real run, {rows[0]['task']}", rows=[header, *body])
+
+
+def _number(value: float | None, form: str) -> str:
+    return NONE if value is None else format(value, form)
 
 
 def train_in_a_process(words: Sequence[str]) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ftb_llm.config import Config
 from ftb_llm.config.load import build_config, merge, parse_override
-from ftb_llm.config.schema import DIVERGENCES
+from ftb_llm.config.schema import DIVERGENCES, Objective
 from ftb_llm.errors import ConfigError, InvalidConfig
 
 MEMBERS = tuple("alpha:0.75" if name == "alpha" else name for name in DIVERGENCES)
@@ -98,13 +98,9 @@ class TrialResult:
     def row(self) -> dict[str, Any]:
         """One flat row of JSON."""
         config, last = self.spec.config(), self.curve[-1]
-        divergence = config.objective.divergence
-        has_member = config.objective.kind in ("ftb", "importance")
         return {
             "task": self.spec.task,
-            "objective": config.objective.kind,
-            "divergence": divergence.name if has_member else None,
-            "alpha": divergence.alpha if has_member else None,
+            **objective_columns(config.objective),
             "lag": self.spec.lag,
             "seed": config.run.seed,
             "steps": config.run.max_steps,
@@ -126,6 +122,12 @@ class TrialResult:
         }
 
 
+def objective_columns(objective: Objective) -> dict[str, Any]:
+    """What was minimised, in the columns that every row begins with; the divergence is None where it plays no part."""
+    divergence = objective.divergence if objective.kind in ("ftb", "importance") else None
+    return {"objective": objective.kind, "divergence": divergence and divergence.name, "alpha": divergence and divergence.alpha}
+
+
 def fingerprint(value: Any) -> str:
     """A short hash of a tree of plain values."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
@@ -142,6 +144,8 @@ def objective_settings(name: str) -> dict[str, Any]:
     for form in forms:
         if form not in FORMS:
             raise _wrong(name, f"{form!r} is no form; the forms are {', '.join('+' + known for known in FORMS)}")
+        if kind != "ftb":
+            raise _wrong(name, f"{kind} goes with no +{form}; only a divergence does")
         settings |= FORMS[form]
     return settings
 

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,20 @@ def measure(specs: Sequence[TrialSpec], *, folder: Path, run: Run, say: Callable
 def kept_rows(folder: Path) -> list[Row]:
     """The rows of an earlier bench; a line that was torn when it was interrupted is removed, so that the next one begins on its own."""
     path = folder / ROWS
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
         rows = list(read_lines(path))
         write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Make the folder, and put one line in the place of what goes wrong with its files."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
         raise SetupError(f"--out: {folder} can't be written: {error.strerror}") from None
-    return rows
 
 
 def told(row: Row) -> str:
@@ -78,3 +86,13 @@ def grouped(rows: Iterable[Row], *names: str) -> dict[tuple[Any, ...], list[Row]
     for row in rows:
         found.setdefault(tuple(row[name] for name in names), []).append(row)
     return found
+
+
+def names_of(rows: Sequence[Row], objectives: Sequence[str]) -> list[str]:
+    """The objectives of these rows in the order in which they were asked for; those that weren't stand behind them, as they come."""
+    there = dict.fromkeys(row["name"] for row in rows)
+    return list(dict.fromkeys([*(name for name in objectives if name in there), *there]))
+
+
+def lags_of(rows: Sequence[Row]) -> list[int]:
+    return sorted({row["lag"] for row in rows})

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from ftb_llm.bench.spec import BASELINES, MEMBERS, SET_IN_RUNS, SET_IN_TRIALS, TASK_SETTINGS, check_words
 from ftb_llm.cli.command import Command, UsageError, add_json, print_json, print_table
-from ftb_llm.errors import SetupError
 
 if TYPE_CHECKING:
     from ftb_llm.bench.tables import Table
@@ -61,7 +60,7 @@ def run_staleness(args: argparse.Namespace) -> int:
     from ftb_llm.bench.tables import staleness_tables
 
     rows = _measured(args)
-    _publish(args, rows, staleness_tables(rows), staleness_picture(rows))
+    _publish(args, rows, staleness_tables(rows, args.objectives), staleness_picture(rows, args.objectives))
     return 0
 
 
@@ -70,7 +69,7 @@ def run_divergences(args: argparse.Namespace) -> int:
     from ftb_llm.bench.tables import divergences_tables
 
     rows = _measured(args)
-    _publish(args, rows, divergences_tables(rows), divergences_picture(rows))
+    _publish(args, rows, divergences_tables(rows, args.objectives), divergences_picture(rows, args.objectives))
     return 0
 
 
@@ -108,7 +107,11 @@ def _measured(args: argparse.Namespace) -> list[dict[str, Any]]:
         args.words = [*args.words, f"run.max_steps={args.steps}"]
     specs = grid(tasks=args.tasks, objectives=args.objectives, lags=args.lags, seeds=args.seeds, settings=_settings(args, args.objectives, SET_IN_TRIALS))
     from ftb_llm import launch
+    from ftb_llm.custom import load_custom
 
+    for spec in specs:
+        if (path := spec.config().objective.custom) is not None:
+            load_custom(path)  # what is wrong with it is said before any trial starts
     for task in args.tasks:
         built(task, PlainProgress(sys.stderr, every_steps=1))
     return measure(specs, folder=args.out, run=lambda some: launch.run_trials(some, jobs=args.jobs or core_count()), say=_say)
@@ -128,18 +131,16 @@ def _settings(args: argparse.Namespace, names: Sequence[str], set_by: Mapping[st
 
 
 def _publish(args: argparse.Namespace, rows: list[dict[str, Any]], tables: "Sequence[Table]", picture: str | None) -> None:
-    """Write rows.json, table.md and plot.svg, and print the rows or the tables."""
+    """Write rows.json, table.md and where there is one plot.svg, and print the rows or the tables."""
+    from ftb_llm.bench.trials import writing
     from ftb_llm.run_dir import write_whole
 
     files = {"rows.json": json.dumps(rows, indent=1) + "\n", "table.md": "\n".join(table.markdown() for table in tables)}
     if picture is not None:
         files["plot.svg"] = picture
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
+    with writing(args.out):
         for name, text in files.items():
             write_whole(args.out / name, text)
-    except OSError as error:
-        raise SetupError(f"--out: {args.out} can't be written: {error.strerror}") from None
     if args.json:
         print_json(rows)
     else:

@@ -14,6 +14,7 @@ from ftb_llm.cli.command import Command, Parser, UsageError, print_error
 from ftb_llm.errors import ConfigError, FixedSetting, FtbError, InvalidConfig, SetupError
 
 COMMANDS: dict[str, Command] = {command.name: command for command in (*train.COMMANDS, *service.COMMANDS, *report.COMMANDS, *bench.COMMANDS, *doctor.COMMANDS)}
+GROUPS = {name.split()[0] for name in COMMANDS if " " in name}
 USERS_MISTAKES = (UsageError, ConfigError, InvalidConfig, FixedSetting, SetupError)
 
 
@@ -45,6 +46,9 @@ def dispatch(words: list[str]) -> int:
     if words[0] == "--version":
         print(f"ftb-llm {__version__}")
         return 0
+    if words[0] in GROUPS and (not words[1:] or words[1] in ("-h", "--help")):
+        print(group_overview(words[0]))
+        return 0 if words[1:] else 2
     count = 2 if " ".join(words[:2]) in COMMANDS else 1  # words in the command's name
     name, rest = " ".join(words[:count]), words[count:]
     if name not in COMMANDS:
@@ -57,15 +61,28 @@ def dispatch(words: list[str]) -> int:
 
 
 def unknown(name: str) -> UsageError:
-    if group := [known for known in COMMANDS if known.startswith(f"{name} ")]:
-        return UsageError(f"{name} is the first word of {', '.join(group)}; see ftb-llm --help")
+    if name in GROUPS:
+        return UsageError(f"{name} is the first word of {', '.join(command.name for command in in_group(name))}; see ftb-llm {name} --help")
     near = difflib.get_close_matches(name, COMMANDS, n=1)
     return UsageError(f"no command {name!r}{f'; did you mean {near[0]}?' if near else ''}; see ftb-llm --help")
 
 
+def in_group(group: str) -> list[Command]:
+    return [command for command in COMMANDS.values() if command.name.startswith(f"{group} ")]
+
+
+def listing(commands: Sequence[Command]) -> list[str]:
+    width = max(len(command.name) for command in commands)
+    return [f"  {command.name.ljust(width)}  {command.help}" for command in commands]
+
+
+def group_overview(group: str) -> str:
+    """The commands that begin with this word."""
+    head = [f"usage: ftb-llm {group} COMMAND [ARGUMENTS]", "", "commands:"]
+    return "\n".join([*head, *listing(in_group(group)), "", f"ftb-llm {group} COMMAND --help says more."])
+
+
 def overview() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {command.name.ljust(width)}  {command.help}" for command in COMMANDS.values()]
     return "\n".join(
         [
             "usage: ftb-llm COMMAND [ARGUMENTS]",
@@ -73,7 +90,7 @@ def overview() -> str:
             "Asynchronous fine-tuning of language models with f-Trajectory Balance.",
             "",
             "commands:",
-            *lines,
+            *listing(list(COMMANDS.values())),
             "",
             "ftb-llm COMMAND --help says more. Exit codes: 0 success, 1 failure, 2 bad usage, config or setup, 130 Ctrl-C.",
         ]

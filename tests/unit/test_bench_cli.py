@@ -71,10 +71,39 @@ def test_ctrl_c_keeps_the_rows_and_exits_with_130(asked: list[TrialSpec], monkey
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 3
 
 
+@pytest.mark.parametrize(("words", "code"), [(["bench"], 2), (["bench", "--help"], 0), (["bench", "-h"], 0)])
+def test_bench_alone_lists_its_commands(words: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == code
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert lines[0] == "usage: ftb-llm bench COMMAND [ARGUMENTS]"
+    assert [" ".join(line.split()[:2]) for line in lines if line.startswith("  ")] == [
+        "bench staleness",
+        "bench divergences",
+        "bench losses",
+        "bench quickstart",
+    ]
+    assert printed.err == ""
+
+
+def test_a_custom_member_is_loaded_before_any_trial_starts(asked: list[TrialSpec], tmp_path: Path) -> None:
+    assert main(["bench", "staleness", *SMALL, "objective.custom=nope:x", "--out", str(tmp_path)]) == 2
+    assert asked == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tables_follow_the_request_and_lags_rise(asked: list[TrialSpec], tmp_path: Path) -> None:
+    words = ["--tasks", "sums", "--objectives", "tv,grpo,js", "--lags", "50,0,4", "--seeds", "0", "--out", str(tmp_path)]
+    assert main(["bench", "staleness", *words]) == 0
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("|")]
+    assert lines[0] == ["objective", "lag 0", "lag 4", "lag 50"]
+    assert [line[0] for line in lines[2:5]] == ["tv", "grpo", "js"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["bench"], "bench is the first word of bench staleness, bench divergences, bench losses, bench quickstart; see ftb-llm --help"),
+        (["bench", "speed"], "bench is the first word of bench staleness, bench divergences, bench losses, bench quickstart; see ftb-llm bench --help"),
         (["bench", "staleness", "--tasks", "chess"], "argument --tasks: chess is no task; the tasks are hypergrid, sums"),
         (["bench", "staleness", "--objectives", "js,hel"], "--objectives: hel: 'hel' is no objective; the objectives are reverse_kl, forward_kl,"),
         (["bench", "staleness", "--lags", "0,x"], "argument --lags: '0,x' is wrong: it should be different whole numbers from 0, separated by commas"),
@@ -83,6 +112,9 @@ def test_ctrl_c_keeps_the_rows_and_exits_with_130(asked: list[TrialSpec], monkey
         (["bench", "staleness", "--objectives", "js", "--set", "tv:a=1"], "argument --set: tv:a=1 is wrong: it should be NAME:KEY=VALUE with a NAME among js"),
         (["bench", "staleness", "--set", "js:run.seed=1"], "run.seed: can't be set here; it is set by --seeds"),
         (["bench", "staleness", "learner.cpu=1"], "learner.cpu: unknown setting; did you mean learner.cpus?"),
+        (["bench", "staleness", "--objectives", "custom", "objective.custom=nope:x"], "objective.custom: nope:x can't be imported: ModuleNotFoundError"),
+        (["bench", "staleness", "--objectives", "grpo+tempered"], "--objectives: grpo+tempered: grpo goes with no +tempered; only a divergence does"),
+        (["bench", "quickstart", "--config", "configs/quickstart.yaml", "--out", "/dev/null/x"], "--out: /dev/null/x/runs can't be written: Not a directory"),
         (["bench", "quickstart", "--config", "no.yaml"], "config file no.yaml can't be read: No such file or directory"),
     ],
 )

@@ -38,6 +38,18 @@ def test_staleness_has_a_line_per_objective_with_error_bars_at_every_lag() -> No
     assert {"0", "50", "hellinger", "grpo", "Final exact TV, hypergrid", "age of the samples, in steps"} <= words
 
 
+def test_a_target_that_covers_nothing_has_no_shares() -> None:
+    root = drawn(staleness_picture([row | {"coverage_target": 0.0} for row in rows()]))
+    assert len(paths(root, "bar")) == 2 * 2
+    assert len(root.findall(f"{SVG}g")) == 2
+
+
+def test_lags_rise_and_lines_follow_the_request_whatever_the_order_of_the_rows() -> None:
+    names = ["hellinger", "grpo"]
+    assert staleness_picture(rows()[::-1], names) == staleness_picture(rows(), names)
+    assert divergences_picture(rows()[::-1], names) == divergences_picture(rows(), names)
+
+
 def test_divergences_has_a_panel_per_quantity_and_lag() -> None:
     root = drawn(divergences_picture(rows()))
     assert len(root.findall(f"{SVG}g")) == 3 * 2

@@ -11,7 +11,7 @@ import pytest
 
 from ftb_llm.bench.quickstart import Job, passed_on, plan, quickstart_table, run_jobs
 from ftb_llm.config import load_config
-from ftb_llm.errors import FtbError, InvalidConfig
+from ftb_llm.errors import FtbError, InvalidConfig, SetupError
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 SUMMARY = {
@@ -115,6 +115,32 @@ def test_the_table_tells_what_the_runs_reached(tmp_path: Path) -> None:
     table = quickstart_table(list(run_jobs(jobs(tmp_path, "tv"), train=Train(), say=quiet)))
     assert table.title == "Final exact TV of the real run, hypergrid"
     assert table.rows[1] == ["tv", "0.001", "0.770", "0.0312", "2.010 (2.050)", "16 of 16", "66"]
+
+
+def test_a_task_without_an_oracle_has_dashes(tmp_path: Path) -> None:
+    class Without(Train):
+        def __call__(self, words: Sequence[str]) -> int:
+            code = super().__call__(words)
+            (summary,) = tmp_path.glob("*/summary.json")
+            missing = dict.fromkeys(("exact_tv_start", "exact_tv_end", "target_reward", "modes_found", "modes_total"))
+            summary.write_text(json.dumps(SUMMARY | missing))
+            return code
+
+    table = quickstart_table(list(run_jobs(jobs(tmp_path, "tv"), train=Without(), say=quiet)))
+    assert table.rows[1] == ["tv", "0.001", "–", "–", "2.010 (–)", "– of –", "66"]
+
+
+def test_a_folder_that_can_not_be_written_is_found_before_anything_is_trained(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    train = Train()
+    with pytest.raises(SetupError, match=f"^--out: {tmp_path / 'file' / 'x'} can't be written: Not a directory$"):
+        list(run_jobs(jobs(tmp_path / "file" / "x", "tv"), train=train, say=quiet))
+    assert train.calls == []
+
+
+def test_a_row_names_no_divergence_where_it_plays_no_part(tmp_path: Path) -> None:
+    rows = list(run_jobs(jobs(tmp_path, "grpo", "importance:alpha:0.5"), train=Train(), say=quiet))
+    assert [(row["objective"], row["divergence"], row["alpha"]) for row in rows] == [("grpo", None, None), ("importance", "alpha", 0.5)]
 
 
 def test_ctrl_c_is_passed_on_and_the_exit_code_awaited() -> None:

@@ -49,6 +49,8 @@ def test_a_name_stands_for_an_objective(name: str, settings: dict[str, object]) 
         ("hellinger:2", "hellinger takes no number; write alpha:0.75 or tv:0.1"),
         ("grpo:tv", "grpo goes with no divergence"),
         ("tv+fast", "'fast' is no form; the forms are +tempered, +learned"),
+        ("grpo+tempered", "grpo goes with no +tempered; only a divergence does"),
+        ("importance:js+learned", "importance goes with no +learned; only a divergence does"),
     ],
 )
 def test_a_wrong_name_is_one_clear_line(name: str, message: str) -> None:

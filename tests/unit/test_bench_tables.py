@@ -27,5 +27,23 @@ def test_divergences_have_every_number_per_lag() -> None:
     assert on.rows[:2] == [["objective", "exact TV", "JSD", "reward", "modes", "coverage"], ["hellinger", "0.010", "0.0020", "2.000", "15.0", "30.0"]]
 
 
+def uneven() -> list[Row]:
+    """All rows in reverse, but for grpo's at lag 0."""
+    return [row for row in reversed(rows(seeds=1)) if (row["name"], row["lag"]) != ("grpo", 0)]
+
+
+def test_a_missing_cell_is_a_dash_and_the_order_is_that_of_the_request() -> None:
+    tv, _ = staleness_tables(uneven(), ["hellinger", "js", "grpo"])
+    assert tv.rows == [["objective", "lag 0", "lag 50"], ["hellinger", "0.010", "0.510"], ["grpo", "–", "0.510"]]
+    on, off = divergences_tables(uneven(), ["hellinger", "grpo"])
+    assert on.title.startswith("hypergrid, on-policy")
+    assert on.rows[2] == ["grpo", "–", "–", "–", "–", "–"]
+    assert [line[0] for line in off.rows[1:]] == ["hellinger", "grpo"]
+
+
+def test_objectives_that_nobody_asked_for_come_last() -> None:
+    assert [line[0] for line in staleness_tables(rows(), ["grpo"])[0].rows[1:]] == ["grpo", "hellinger"]
+
+
 def test_markdown() -> None:
     assert Table(title="T", rows=[["a", "b"], ["1", "2"]]).markdown() == "### T\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n"

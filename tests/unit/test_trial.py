@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from ftb_llm.bench.spec import TrialSpec
+from ftb_llm.custom import load_custom
+from ftb_llm.errors import InvalidConfig, RewardError
 from ftb_llm.tasks.hypergrid import reward
 from ftb_llm.types import FinishReason
 from learner.step import policy_logprobs
@@ -119,3 +121,45 @@ def test_weights_that_can_not_be_judged_leave_the_verdict_before(path: Path) -> 
     result = trial.result(seconds=1.0, error="step 4: bad")
     assert [point.step for point in result.curve] == [0, 2]
     assert result.row()["exact_tv"] == result.curve[-1].exact_tv
+
+
+def test_a_reward_function_that_fails_is_no_result(path: Path) -> None:
+    class Failing:
+        def score(self, call: dict[str, Any]) -> list[float]:
+            raise RewardError("raised", "reward: no table")
+
+    trial = make(path)
+    trial.rewards = Failing()
+    with pytest.raises(RewardError, match=r"^raised: reward: no table$"):
+        run(trial)
+
+
+MODULE = """
+from ftb_llm.divergences import CustomDivergence
+
+def slope(delta):
+    if len(delta.shape) > 1:
+        raise LookupError("no table\\nfor this")
+    return delta
+
+member = CustomDivergence(slope=slope)
+"""
+
+
+def test_a_custom_member_that_fails_is_one_line_and_no_result(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "slope_of_this_test.py").write_text(MODULE, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    load_custom.cache_clear()
+    trial = learning(path, "objective.custom=slope_of_this_test:member", objective="custom")
+    with pytest.raises(InvalidConfig) as caught:
+        run(trial)
+    assert str(caught.value) == "objective.custom: slope_of_this_test:member failed in step 1: LookupError: no table for this"
+
+
+def test_what_is_not_the_users_code_is_not_blamed_on_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise LookupError("ours")
+
+    monkeypatch.setattr("learner.trial.take_step", broken)
+    with pytest.raises(LookupError, match=r"^'?ours'?$"):
+        run(make(path))
