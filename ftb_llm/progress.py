@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
+from ftb_llm.types import ObjectiveSpec
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -185,8 +187,7 @@ def status_rows(status: Status) -> list[tuple[str, str]]:
 
 
 def objective_text(objective: Mapping[str, Any]) -> str:
-    alpha = f" {objective['alpha']:g}" if objective["alpha"] is not None else ""
-    return f"{objective['divergence']}{alpha}, beta {objective['beta']:g}{', tempered' if objective['tempered'] else ''}"
+    return f"{ObjectiveSpec(**objective).text}, beta {objective['beta']:g}"
 
 
 def compact(value: float | None) -> str:

@@ -1,12 +1,15 @@
 """`summary.json`: the run in numbers, each of them derived from what the run wrote down."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ftb_llm.config import Config
+from ftb_llm.config.schema import Member, Objective
 from ftb_llm.machine import core_count
 from ftb_llm.run_dir import RunDir
+from ftb_llm.types import ObjectiveSpec, objective_text
 
 _REWARD_WINDOW_STEPS = 10  # sampled rewards are noisy: without an oracle, start and end are means over this many steps
 
@@ -26,7 +29,7 @@ def summarise(run_dir: RunDir, config: Config, *, state: str, accounting: dict[s
         "run": run_dir.path.name,
         "state": state,
         "task": config.data.path.removeprefix("builtin:"),
-        "divergence": config.objective.divergence.name,
+        "divergence": _trained_with(steps, config.objective),
         "cores": core_count(),
         "steps": steps[-1]["step"] if steps else 0,
         "exact_tv_start": first.get("eval/exact_tv"),
@@ -60,6 +63,47 @@ def summarise(run_dir: RunDir, config: Config, *, state: str, accounting: dict[s
         "config_versions": 1 + sum(event["kind"] == "config_change" for event in events),
         "accounting": accounting,
     }
+
+
+def configured(objective: Objective) -> str:
+    """What these settings train with: ramps and the whole schedule in words."""
+    divergence = objective.divergence
+    later = (f", then {_member(entry, objective)} from step {entry.step}" for entry in divergence.schedule)
+    members = "".join((_member(divergence, objective), *later))
+    return objective_text(objective.kind, members, tempered=objective.tempered, log_z=objective.log_z)
+
+
+def _member(member: Member, objective: Objective) -> str:
+    return f"{member.text} {objective.custom}" if member.name == "custom" else member.text
+
+
+def objective_changes(rows: Iterable[dict[str, Any]], switches: Container[int]) -> list[tuple[int, str]]:
+    """The objective of the first of these rows of `metrics.jsonl`, then each other one with the step where it took over.
+
+    An alpha that drifts along its ramp is no change; one that jumps is: with a new config version, or at one of `switches`,
+    the steps at which schedules put a member into force.
+    """
+    changes: list[tuple[int, str]] = []
+    before: ObjectiveSpec | None = None
+    version = None
+    for row in rows:
+        if "objective" not in row:
+            continue
+        now = ObjectiveSpec(**row["objective"])
+        jumps = row.get("config_version") != version or row["step"] in switches
+        if before is None or now.text != (before if jumps else replace(before, alpha=now.alpha)).text:
+            changes.append((row["step"], now.text))
+        before, version = now, row.get("config_version")
+    return changes
+
+
+def _trained_with(steps: Sequence[dict[str, Any]], objective: Objective) -> str:
+    """`hellinger`, or `forward_kl, then tv from step 200`; before the first step, what the config says."""
+    changes = objective_changes(steps, {entry.step for entry in objective.divergence.schedule})
+    if not changes:
+        return configured(objective)
+    (_, first), *others = changes
+    return "".join((first, *(f", then {text} from step {step}" for step, text in others)))
 
 
 def _mean(rows: Sequence[dict[str, Any]], name: str) -> float | None:

@@ -130,6 +130,24 @@ class ObjectiveSpec:
     clip_range: float = 0.2
     truncated: str = "keep"  # completions cut at max_tokens: keep | mask | reject
 
+    @property
+    def text(self) -> str:
+        """What trains, in a few words: `hellinger`, `alpha 0.75, tempered`, `tv of width 0.1`, `grpo`, `importance of hellinger`."""
+        member = self.divergence if self.custom is None else f"{self.divergence} {self.custom}"
+        if self.alpha is not None:
+            member += f" {self.alpha:g}"
+        if self.width is not None:
+            member += f" of width {self.width:g}"
+        return objective_text(self.kind, member, tempered=self.tempered, log_z=self.log_z)
+
+
+def objective_text(kind: str, members: str, *, tempered: bool, log_z: str) -> str:
+    """The text of an objective whose member, or members, have the text `members`."""
+    if kind not in ("ftb", "importance"):
+        return kind  # these know no divergence
+    text = members if kind == "ftb" else f"{kind} of {members}"
+    return f"{text}{', tempered' if tempered else ''}{', learned log Z' if log_z == 'learned' else ''}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRequest:

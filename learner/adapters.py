@@ -11,6 +11,7 @@ import torch
 from peft import PeftConfig
 
 from ftb_llm.config import Config
+from ftb_llm.summary import configured
 from ftb_llm.types import AdapterRef, CanaryValue
 from learner import folders
 from learner.logprobs import Batch, completion_logprobs, pack
@@ -19,6 +20,9 @@ from learner.model import AdaptedModel
 PREFIX = "v"
 CANARY_TOKENS = 32
 
+_FTB = """trained by f-Trajectory Balance towards the reward-tilted base model `pi_ref e^(r / {beta:g}) / Z`
+with the divergence `{objective}`"""
+_BASELINE = "trained by the baseline `{objective}` with beta {beta:g}"
 _CARD = """---
 library_name: peft
 pipeline_tag: text-generation
@@ -29,8 +33,7 @@ tags:
 
 # {run}, version {version}
 
-A LoRA adapter of `{base}`, trained by f-Trajectory Balance towards the reward-tilted base model `pi_ref e^(r / {beta:g}) / Z`
-with the divergence `{divergence}`, as it was after step {version}.
+A LoRA adapter of `{base}`, {trained}, as it was after step {version}.
 
 Merged weights are `base + {scale:g} * B A`. Load it with `peft.PeftModel.from_pretrained(base_model, this_folder)`.
 """
@@ -79,12 +82,12 @@ def prune(parent: Path, *, newest: int, keep: int) -> None:
 
 def model_card(config: Config, version: int, scale: float) -> str:
     objective = config.objective
+    trained = _FTB if objective.kind == "ftb" else _BASELINE
     return _CARD.format(
         run=config.run.name or "ftb_llm adapter",
         version=version,
         base=config.model.path,
-        beta=objective.beta,
-        divergence=objective.divergence.text,
+        trained=trained.format(objective=configured(objective), beta=objective.beta),
         scale=scale,
     )
 

@@ -32,18 +32,6 @@ class RunFiles:
         """One metric as (step, value), where it was recorded."""
         return [(row["step"], row[metric]) for row in self.rows if row.get(metric) is not None]
 
-    def metrics_below(self, prefix: str) -> list[str]:
-        return sorted({name for row in self.rows for name in row if name.startswith(prefix)})
-
-    def versions_in_force(self) -> list[Row]:
-        """The versions that governed a step: a version replaces those that were to start where it does, or later."""
-        kept: list[Row] = []
-        for version in self.versions:
-            while kept and kept[-1]["effective_step"] >= version["effective_step"]:
-                kept.pop()
-            kept.append(version)
-        return kept
-
     def events_of(self, *kinds: str) -> list[Row]:
         return [event for event in self.events if event["kind"] in kinds]
 

@@ -4,14 +4,15 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
-from itertools import pairwise
 from typing import Any
 
-from ftb_llm.config.schema import DIVERGENCES
+from ftb_llm.config.schema import DIVERGENCES, Objective
 from ftb_llm.report.files import Point, Row, RunFiles, thin
 from ftb_llm.report.heatmap import heat_png, legend_png
 from ftb_llm.report.summary import SummaryRow, judged_rows
 from ftb_llm.report.svg import Mark, Series, bar_chart, line_chart
+from ftb_llm.summary import configured, objective_changes
+from ftb_llm.types import ObjectiveSpec
 
 BARS_AT_MOST = 30
 CURVE_POINTS = 100  # of curves that jump from step to step: means over neighbours show where they go
@@ -61,9 +62,9 @@ def _verdict(row: SummaryRow) -> str:
 
 
 def divergence_marks(run: RunFiles) -> list[Mark]:
-    """Where the divergence changed."""
-    names = [(version["effective_step"], divergence_text(version["config"])) for version in run.versions_in_force()]
-    return [Mark(step=step, label=name) for (_, before), (step, name) in pairwise(names) if name != before]
+    """Where the objective changed, as the steps themselves recorded it."""
+    switches = {entry["step"] for version in run.versions for entry in version["config"]["objective"]["divergence"].get("schedule", ())}
+    return [Mark(step=step, label=text) for step, text in objective_changes(run.rows, switches)[1:]]
 
 
 def learning(run: RunFiles) -> str:
@@ -116,13 +117,21 @@ def _ess_chart(run: RunFiles, marks: Sequence[Mark]) -> str:
 
 
 def _cosine_chart(run: RunFiles, marks: Sequence[Mark]) -> str:
+    """Left out where no step trained with one of the members that are compared."""
     curves = [(name, [(row["step"], cosine) for row in run.rows if (cosine := _cosine_to_active(row, name)) is not None]) for name in DIVERGENCES]
+    if not any(points for _, points in curves):
+        return ""
     return line_chart("Agreement with the divergence in force", _member_curves(curves), marks=marks, unit="cosine of the weights", height=280)
 
 
 def _cosine_to_active(row: Row, name: str) -> float | None:
-    """None where the step's divergence, or `name`, is not among those that were compared."""
-    active = row.get("objective", {}).get("divergence")
+    """None where what the step trained with, or `name`, is not among the members that were compared: they are untempered and exact."""
+    if "objective" not in row:
+        return None
+    spec = ObjectiveSpec(**row["objective"])
+    if spec.kind != "ftb" or spec.tempered or spec.width is not None or spec.divergence == "custom":
+        return None
+    active = spec.divergence
     if active == name and f"divergence/loss/{name}" in row:
         return 1.0
     found: float | None = row.get(f"divergence/cosine/{name}:{active}", row.get(f"divergence/cosine/{active}:{name}"))
@@ -224,12 +233,8 @@ def config_history(run: RunFiles) -> str:
 
 
 def started_with(config: dict[str, Any]) -> str:
-    return f"{divergence_text(config)}, beta {config['objective']['beta']}, learning rate {config['learner']['learning_rate']}"
-
-
-def divergence_text(config: dict[str, Any]) -> str:
-    name, alpha = (config["objective"]["divergence"][key] for key in ("name", "alpha"))
-    return str(name) if alpha is None else f"{name} {alpha}"
+    objective = Objective.model_validate(config["objective"])
+    return f"{configured(objective)}, beta {objective.beta}, learning rate {config['learner']['learning_rate']}"
 
 
 def change_text(version: Row) -> str:

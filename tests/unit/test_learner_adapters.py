@@ -122,3 +122,17 @@ def test_a_resumed_run_forgets_the_versions_of_its_lost_future(path: Path, tmp_p
     learner.load_checkpoint(saved)
     learner.publish(1)
     assert [folder.name for folder in (tmp_path / "adapters").iterdir()] == ["v000001"]
+
+
+def test_the_model_card_names_what_trained_it() -> None:
+    divergence = {"name": "forward_kl", "schedule": [{"step": 200, "name": "tv", "width": 0.1}]}
+    card = adapters.model_card(tiny_llama.tiny_config(objective={"divergence": divergence}), 3, 2.0)
+    assert "trained by f-Trajectory Balance towards the reward-tilted base model `pi_ref e^(r / 0.5) / Z`" in card
+    assert "with the divergence `forward_kl, then tv of width 0.1 from step 200`, as it was after step 3." in card
+
+
+@pytest.mark.parametrize(("kind", "text"), [("grpo", "grpo"), ("importance", "importance of reverse_kl")])
+def test_a_baselines_model_card_does_not_speak_of_trajectory_balance(kind: str, text: str) -> None:
+    card = adapters.model_card(tiny_llama.tiny_config(objective={"kind": kind}), 3, 2.0)
+    assert f"trained by the baseline `{text}` with beta 0.5, as it was after step 3." in card
+    assert "Trajectory Balance" not in card

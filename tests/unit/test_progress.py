@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from ftb_llm.progress import LiveProgress, PlainProgress, compact, duration, make_progress, plain_line, status_rows
+from ftb_llm.types import ObjectiveSpec
 
 
 class Terminal(io.StringIO):
@@ -62,12 +63,32 @@ def test_a_run_that_knows_nothing_yet() -> None:
 
 def test_status_rows() -> None:
     rows = dict(status_rows(status(last_error="canary failed")))
-    assert rows["objective"] == "alpha 0.5, beta 0.5, tempered"
+    assert rows["objective"] == "alpha 0.5, tempered, beta 0.5"
     assert rows["reward"] == "1.931 (target 2.02)"
     assert rows["modes"] == "15 of 16 found"
     assert rows["staleness"] == "mean 4.2, max 9 steps (limit 16)"
     assert rows["generator-0"] == "serving, version 116, 8 groups in flight, 3.1k tok/s, last push paused 91 ms"
     assert rows["last error"] == "canary failed"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "hellinger"),
+        ({"tempered": True, "log_z": "learned"}, "hellinger, tempered, learned log Z"),
+        ({"divergence": "alpha", "alpha": 0.75}, "alpha 0.75"),
+        ({"divergence": "tv", "width": 0.1}, "tv of width 0.1"),
+        ({"divergence": "custom", "custom": "my:member"}, "custom my:member"),
+        ({"kind": "importance"}, "importance of hellinger"),
+        ({"kind": "ppo_clip"}, "ppo_clip"),
+        ({"kind": "grpo"}, "grpo"),
+        ({"kind": "reinforce"}, "reinforce"),
+    ],
+)
+def test_the_objective_is_named_for_what_trains(changes: dict[str, Any], expected: str) -> None:
+    objective = {"kind": "ftb", "divergence": "hellinger", "alpha": None, "beta": 0.5, "tempered": False} | changes
+    assert ObjectiveSpec(**objective).text == expected
+    assert dict(status_rows(status(objective=objective)))["objective"] == f"{expected}, beta 0.5"
 
 
 def steps_shown(stream: io.StringIO) -> list[str]:

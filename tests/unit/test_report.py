@@ -6,9 +6,11 @@ import re
 import struct
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from contextlib import closing
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,9 +24,10 @@ from ftb_llm.report.page import PARTS
 from ftb_llm.report.sections import _bars, _cosine_to_active, divergence_marks, divergences
 from ftb_llm.report.summary import judged_rows
 from ftb_llm.report.svg import Axis, Mark, Series, line_chart, nice_ticks, value_axis
-from tests.synthetic_run import SWAP_STEP, summary, write_run, write_versions
+from tests.synthetic_run import SWAP_STEP, summary, write_lines, write_run, write_versions
 
 CHANGES = (("reverse_kl", 0.5), ("tv", 0.5), ("tv", 0.25))
+OBJECTIVE: dict[str, Any] = {"kind": "ftb", "divergence": "tv", "alpha": None, "beta": 0.5, "tempered": False}
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
@@ -60,6 +63,11 @@ def read(page: Path) -> Checked:
     checked.close()
     assert checked.open == []
     return checked
+
+
+def rewrite_objectives(run: Path, objective_at: Callable[[int], dict[str, Any]]) -> None:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    write_lines(run / "metrics.jsonl", [row | {"objective": objective_at(row["step"])} for row in rows if row["step"] > 0])
 
 
 @pytest.fixture(scope="module")
@@ -122,10 +130,43 @@ def test_tv_is_drawn_in_the_scale_of_its_exact_value(tmp_path: Path) -> None:
 
 
 def test_agreement_is_with_the_divergence_of_the_step() -> None:
-    row = {"objective": {"divergence": "tv"}, "divergence/loss/tv": 1.0, "divergence/cosine/hellinger:tv": 0.25, "divergence/cosine/tv:js": 0.5}
+    row = {"objective": OBJECTIVE, "divergence/loss/tv": 1.0, "divergence/cosine/hellinger:tv": 0.25, "divergence/cosine/tv:js": 0.5}
     assert [_cosine_to_active(row, name) for name in ("tv", "hellinger", "js", "pearson")] == [1.0, 0.25, 0.5, None]
-    assert _cosine_to_active(row | {"objective": {"divergence": "custom"}}, "custom") is None
     assert _cosine_to_active({}, "tv") is None
+
+
+@pytest.mark.parametrize(
+    "changes", [{"divergence": "custom", "custom": "my:member"}, {"kind": "grpo"}, {"kind": "importance"}, {"tempered": True}, {"width": 0.1}]
+)
+def test_agreement_is_left_out_where_something_else_trains(tmp_path: Path, changes: dict[str, Any]) -> None:
+    run = write_run(tmp_path / "run", steps=2)
+    rewrite_objectives(run, lambda step: OBJECTIVE | changes)
+    text = divergences(read_run(run))
+    assert "Completions that carry the gradient" in text
+    assert "Agreement with the divergence in force" not in text
+
+
+def test_marks_are_where_the_steps_changed_their_objective(tmp_path: Path) -> None:
+    """A schedule's switch and a new width count, a ramp's drift does not."""
+    run = write_run(tmp_path / "run", steps=8)
+    ramp: dict[str, Any] = {"divergence": "alpha", "alpha": 0.5}
+    found: list[dict[str, Any]] = [
+        ramp,
+        ramp | {"alpha": 0.75},
+        {},
+        {"width": 0.1},
+        {"width": 0.1, "tempered": True},
+        {"kind": "grpo"},
+        ramp | {"alpha": 1.0},
+        ramp,
+    ]
+    rewrite_objectives(run, lambda step: OBJECTIVE | found[step - 1])
+    expected = [(3, "tv"), (4, "tv of width 0.1"), (5, "tv of width 0.1, tempered"), (6, "grpo"), (7, "alpha 1")]
+    assert [(mark.step, mark.label) for mark in divergence_marks(read_run(run))] == expected
+    (run / "run.db").unlink()
+    schedule = [{"step": 8, "name": "alpha", "alpha": 0.5}]
+    write_versions(run, (1, "start", build_config({"objective": {"divergence": {"name": "alpha", "alpha": 1.0, "schedule": schedule}}})))
+    assert [(mark.step, mark.label) for mark in divergence_marks(read_run(run))] == [*expected, (8, "alpha 0.5")]
 
 
 def test_a_band_ends_where_the_axis_does() -> None:
@@ -154,6 +195,7 @@ def test_versions_that_a_resume_added_are_in_the_history(tmp_path: Path) -> None
     assert "objective.beta: 0.5 → 0.25" in text
     assert "no setting changed" in text
     # The change that was to come at step 15 came at 11, when the run went on from step 10.
+    rewrite_objectives(run, lambda step: OBJECTIVE | {"divergence": "reverse_kl" if step < 11 else "tv", "beta": 0.5 if step < 13 else 0.25})
     assert [(mark.step, mark.label) for mark in divergence_marks(read_run(run))] == [(11, "tv")]
 
 

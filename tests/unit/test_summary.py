@@ -1,6 +1,6 @@
-from ftb_llm.config import Config
+from ftb_llm.config import Config, build_config
 from ftb_llm.run_dir import RunDir
-from ftb_llm.summary import summarise
+from ftb_llm.summary import objective_changes, summarise
 
 
 def make_row(step, **metrics):
@@ -15,13 +15,18 @@ def make_row(step, **metrics):
     }
 
 
-def summary_of(tmp_path, rows, events=()):
+def trained(step, divergence, *, version=1, **changes):
+    objective = {"kind": "ftb", "divergence": divergence, "alpha": None, "beta": 0.5, "tempered": False} | changes
+    return make_row(step, config_version=version, objective=objective)
+
+
+def summary_of(tmp_path, rows, events=(), config=None):
     run_dir = RunDir.create(tmp_path / "run")
     for row in rows:
         run_dir.append_metrics(row)
     for event in events:
         run_dir.append_event(event.pop("kind"), "", step=0, **event)
-    return summarise(run_dir, Config(), state="finished", accounting={"generated": 4}, facts={"peak_rss_gib": 2.5})
+    return summarise(run_dir, config or Config(), state="finished", accounting={"generated": 4}, facts={"peak_rss_gib": 2.5})
 
 
 def test_exact_numbers_come_from_the_first_and_last_evaluation(tmp_path):
@@ -64,3 +69,25 @@ def test_the_share_of_the_shadow_divergences_is_of_the_learners_time(tmp_path):
     timed = {"time/learn_seconds": 0.25, "time/divergence_seconds": 0.0}
     rows = [make_row(1, **timed), make_row(2, **timed | {"time/divergence_seconds": 0.0625}), make_row(3)]
     assert summary_of(tmp_path, rows)["shadow_share"] == 0.125
+
+
+def test_the_divergence_is_every_one_that_was_in_force(tmp_path):
+    rows = [trained(1, "forward_kl"), trained(2, "forward_kl", version=2), trained(3, "tv", version=2), trained(4, "tv", version=3, tempered=True)]
+    assert summary_of(tmp_path / "one", rows[:2])["divergence"] == "forward_kl"
+    assert summary_of(tmp_path / "all", rows)["divergence"] == "forward_kl, then tv from step 3, then tv, tempered from step 4"
+    assert summary_of(tmp_path / "grpo", [trained(1, "tv", kind="grpo")])["divergence"] == "grpo"
+
+
+def test_an_alpha_that_drifts_along_its_ramp_is_no_change():
+    rows = [
+        trained(step, "alpha", alpha=alpha, version=version) for step, alpha, version in ((1, 0.5, 1), (2, 0.75, 1), (3, 1.5, 2), (4, 1.75, 2), (5, 0.25, 2))
+    ]
+    assert objective_changes(rows, ()) == [(1, "alpha 0.5"), (3, "alpha 1.5")]
+    assert objective_changes([{"step": 0}, *rows], {5}) == [(1, "alpha 0.5"), (3, "alpha 1.5"), (5, "alpha 0.25")]
+
+
+def test_before_the_first_step_the_divergence_is_what_the_config_says(tmp_path):
+    ramp = {"name": "alpha", "alpha": {"from": 0.75, "to": 1.25, "over": 300}, "schedule": [{"step": 400, "name": "custom"}]}
+    config = build_config({"objective": {"divergence": ramp, "custom": "my:member", "tempered": True, "log_z": "learned"}})
+    expected = "alpha 0.75 to 1.25 over 300 steps, then custom my:member from step 400, tempered, learned log Z"
+    assert summary_of(tmp_path, [], config=config)["divergence"] == expected
