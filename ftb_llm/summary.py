@@ -1,7 +1,7 @@
 """`summary.json`: the run in numbers, each of them derived from what the run wrote down."""
 
 import statistics
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +29,7 @@ def summarise(run_dir: RunDir, config: Config, *, state: str, accounting: dict[s
         "run": run_dir.path.name,
         "state": state,
         "task": config.data.path.removeprefix("builtin:"),
-        "divergence": _trained_with(steps, config.objective),
+        "divergence": _trained_with(steps, config.objective, events),
         "cores": core_count(),
         "steps": steps[-1]["step"] if steps else 0,
         "exact_tv_start": first.get("eval/exact_tv"),
@@ -80,26 +80,32 @@ def _member(member: Member, objective: Objective) -> str:
 def objective_changes(rows: Iterable[dict[str, Any]], switches: Container[int]) -> list[tuple[int, str]]:
     """The objective of the first of these rows of `metrics.jsonl`, then each other one with the step where it took over.
 
-    An alpha that drifts along its ramp is no change; one that jumps is: with a new config version, or at one of `switches`,
-    the steps at which schedules put a member into force.
+    An alpha that drifts along its ramp is no change; one that jumps is, at one of `switches`: the steps at which a schedule
+    or a change of the config puts a member into force.
     """
     changes: list[tuple[int, str]] = []
     before: ObjectiveSpec | None = None
-    version = None
     for row in rows:
         if "objective" not in row:
             continue
         now = ObjectiveSpec(**row["objective"])
-        jumps = row.get("config_version") != version or row["step"] in switches
+        jumps = row["step"] in switches
         if before is None or now.text != (before if jumps else replace(before, alpha=now.alpha)).text:
             changes.append((row["step"], now.text))
-        before, version = now, row.get("config_version")
+        before = now
     return changes
 
 
-def _trained_with(steps: Sequence[dict[str, Any]], objective: Objective) -> str:
+def switch_steps(objective: Mapping[str, Any], versions: Iterable[Mapping[str, Any]]) -> set[int]:
+    """Where a schedule or a changed config puts a member into force; `versions` have `changed` and `effective_step`."""
+    scheduled = {entry["step"] for entry in objective["divergence"].get("schedule", ())}
+    return scheduled | {version["effective_step"] for version in versions if any(key.startswith("objective.divergence.") for key in version["changed"])}
+
+
+def _trained_with(steps: Sequence[dict[str, Any]], objective: Objective, events: Iterable[dict[str, Any]]) -> str:
     """`hellinger`, or `forward_kl, then tv from step 200`; before the first step, what the config says."""
-    changes = objective_changes(steps, {entry.step for entry in objective.divergence.schedule})
+    config_changes = [event for event in events if event["kind"] == "config_change"]
+    changes = objective_changes(steps, switch_steps(objective.model_dump(mode="json"), config_changes))
     if not changes:
         return configured(objective)
     (_, first), *others = changes

@@ -11,7 +11,7 @@ from ftb_llm.report.files import Point, Row, RunFiles, thin
 from ftb_llm.report.heatmap import heat_png, legend_png
 from ftb_llm.report.summary import SummaryRow, judged_rows
 from ftb_llm.report.svg import Mark, Series, bar_chart, line_chart
-from ftb_llm.summary import configured, objective_changes
+from ftb_llm.summary import configured, objective_changes, switch_steps
 from ftb_llm.types import ObjectiveSpec
 
 BARS_AT_MOST = 30
@@ -63,7 +63,7 @@ def _verdict(row: SummaryRow) -> str:
 
 def divergence_marks(run: RunFiles) -> list[Mark]:
     """Where the objective changed, as the steps themselves recorded it."""
-    switches = {entry["step"] for version in run.versions for entry in version["config"]["objective"]["divergence"].get("schedule", ())}
+    switches = {step for version in run.versions for step in switch_steps(version["config"]["objective"], run.versions)}
     return [Mark(step=step, label=text) for step, text in objective_changes(run.rows, switches)[1:]]
 
 

@@ -1,6 +1,6 @@
 from ftb_llm.config import Config, build_config
 from ftb_llm.run_dir import RunDir
-from ftb_llm.summary import objective_changes, summarise
+from ftb_llm.summary import objective_changes, summarise, switch_steps
 
 
 def make_row(step, **metrics):
@@ -82,8 +82,8 @@ def test_an_alpha_that_drifts_along_its_ramp_is_no_change():
     rows = [
         trained(step, "alpha", alpha=alpha, version=version) for step, alpha, version in ((1, 0.5, 1), (2, 0.75, 1), (3, 1.5, 2), (4, 1.75, 2), (5, 0.25, 2))
     ]
-    assert objective_changes(rows, ()) == [(1, "alpha 0.5"), (3, "alpha 1.5")]
-    assert objective_changes([{"step": 0}, *rows], {5}) == [(1, "alpha 0.5"), (3, "alpha 1.5"), (5, "alpha 0.25")]
+    assert objective_changes(rows, {3}) == [(1, "alpha 0.5"), (3, "alpha 1.5")]
+    assert objective_changes([{"step": 0}, *rows], {3, 5}) == [(1, "alpha 0.5"), (3, "alpha 1.5"), (5, "alpha 0.25")]
 
 
 def test_before_the_first_step_the_divergence_is_what_the_config_says(tmp_path):
@@ -91,3 +91,12 @@ def test_before_the_first_step_the_divergence_is_what_the_config_says(tmp_path):
     config = build_config({"objective": {"divergence": ramp, "custom": "my:member", "tempered": True, "log_z": "learned"}})
     expected = "alpha 0.75 to 1.25 over 300 steps, then custom my:member from step 400, tempered, learned log Z"
     assert summary_of(tmp_path, [], config=config)["divergence"] == expected
+
+
+def test_only_a_change_of_the_divergence_itself_is_a_switch() -> None:
+    versions = [
+        {"effective_step": 1, "changed": {}},
+        {"effective_step": 105, "changed": {"objective.divergence.alpha": [None, 1]}},
+        {"effective_step": 106, "changed": {"learner.learning_rate": [1, 2]}},
+    ]
+    assert switch_steps({"divergence": {"schedule": [{"step": 7, "name": "tv"}]}}, versions) == {7, 105}
