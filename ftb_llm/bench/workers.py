@@ -28,10 +28,9 @@ def spread(function: Callable[[Item], Result], items: Sequence[Item], *, jobs: i
     except BrokenProcessPool:
         raise ProcessDied("a worker process was killed, perhaps for lack of memory; try fewer jobs") from None
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
         for worker in set(multiprocessing.active_children()) - others:
             worker.terminate()
-            worker.join()
+        pool.shutdown(wait=True, cancel_futures=True)  # the pool's own thread reaps them: two who do would race
 
 
 def _begin() -> None:

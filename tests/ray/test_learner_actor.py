@@ -46,7 +46,7 @@ def test_the_actor_does_what_the_plain_class_does(actor: Any, path: Path, tmp_pa
     plain = Learner(tiny_llama.tiny_config(), model_path=path, run_dir=tmp_path / "plain", prompts=tiny_llama.PROMPTS, task_name=None)
     for step in (1, 2):
         request = tiny_llama.step_request(step)
-        assert ray.get(actor.step.remote(request)) == plain.step(request)
+        assert tiny_llama.untimed(ray.get(actor.step.remote(request))) == tiny_llama.untimed(plain.step(request))
     groups = [scored.group for scored in tiny_llama.step_request(3).groups]
     assert ray.get(actor.logprobs.remote(groups)) == plain.logprobs(groups)
     reference, payload = ray.get(list(actor.publish.options(num_returns=2).remote(2)))
