@@ -14,8 +14,8 @@ from ftb_llm.config import Config
 from ftb_llm.summary import configured
 from ftb_llm.types import AdapterRef, CanaryValue
 from learner import folders
-from learner.logprobs import Batch, completion_logprobs, pack
 from learner.model import AdaptedModel
+from learner.packing import Batch, pack
 
 PREFIX = "v"
 CANARY_TOKENS = 32
@@ -50,11 +50,11 @@ class Canary:
         self._completion = tuple((7 * index + 3) % vocabulary for index in range(count))
         self._batch: Batch = pack([self._prompt], [[self._completion]], model.device)
         with torch.no_grad(), model.as_reference():
-            self._base = completion_logprobs(model.module, self._batch).item()
+            self._base = model.scorer.completion_logprobs(self._batch).item()
 
     def value(self, model: AdaptedModel) -> CanaryValue:
         with torch.no_grad():
-            adapted = completion_logprobs(model.module, self._batch).item()
+            adapted = model.scorer.completion_logprobs(self._batch).item()
         return CanaryValue(prompt_ids=self._prompt, completion_ids=self._completion, adapted=adapted, base=self._base)
 
 

@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from ftb_llm.tasks import get_task
 from ftb_llm.tasks.oracle import Array, Oracle
 from ftb_llm.types import EvalReport
-from learner.logprobs import completion_logprobs, pack
 from learner.model import AdaptedModel
+from learner.packing import pack
 
 _ROWS = 2048  # completions per forward pass
 
@@ -41,5 +41,5 @@ class Evaluator:
         with torch.no_grad():
             for start in range(0, len(completions), _ROWS):
                 batch = pack([prompt], [completions[start : start + _ROWS]], self._model.device)
-                values += completion_logprobs(self._model.module, batch).flatten().tolist()
+                values += self._model.scorer.completion_logprobs(batch).flatten().tolist()
         return np.array(values)

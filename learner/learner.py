@@ -40,7 +40,7 @@ class Learner:
         """Take one optimizer step, the one after the last."""
         if request.step != self._step + 1:
             raise WrongState(f"step {request.step} was asked for, but the last one taken is {self._step}")
-        report = take_step(self._model, request, groups_per_micro_batch=self._config.learner.groups_per_micro_batch)
+        report = take_step(self._model, request, micro_batch_tokens=self._config.learner.micro_batch_tokens)
         self._step = request.step
         return report
 
@@ -59,7 +59,7 @@ class Learner:
 
     def logprobs(self, groups: Sequence[Group]) -> list[list[float]]:
         """Summed log-probs of the completions under the present adapter."""
-        return policy_logprobs(self._model, groups, groups_per_micro_batch=self._config.learner.groups_per_micro_batch)
+        return policy_logprobs(self._model, groups, micro_batch_tokens=self._config.learner.micro_batch_tokens)
 
     def save_checkpoint(self, step: int) -> str:
         """Write everything that the next step depends on; returns the folder."""

@@ -1,97 +1,103 @@
-"""Log-probs of completions, per token and summed, the end token included.
+"""Log-probs of completions, per token and summed, the end token included. Shapes as in `learner.packing`."""
 
-Every prompt runs once, however many completions it has: they continue on its key-value cache, through which gradients flow.
-Prompts are padded on the left, completions on the right, so the last prompt position and the first completion position
-are the same for all rows. Shapes: `G` prompts, `K` completions each, `B = G K`, `P` prompt and `T` completion tokens, `V` vocabulary.
-"""
-
-from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-Ids = Sequence[int]
+from learner.attention import NAME
+from learner.head import chosen_logprobs
+from learner.packing import Batch, pack
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """Prompts with the same number of completions each, row `g * K + k` of the completions being the k-th of prompt g."""
-
-    prompt_ids_GP: Tensor
-    prompt_mask_GP: Tensor
-    completion_ids_BT: Tensor
-    completion_mask_BT: Tensor
-
-    @property
-    def group_size(self) -> int:
-        return len(self.completion_ids_BT) // len(self.prompt_ids_GP)
-
-    @property
-    def token_mask_GKT(self) -> Tensor:
-        return self.completion_mask_BT.bool().view(-1, self.group_size, self.completion_mask_BT.shape[1])
+_AGREE = {torch.float32: 1e-3, torch.bfloat16: 0.25}  # largest difference per token between two orders of summing
 
 
-def pack(prompts: Sequence[Ids], completions: Sequence[Sequence[Ids]], device: torch.device | str = "cpu") -> Batch:
-    """Pad prompts and their completions into one batch."""
-    sizes = {len(group) for group in completions}
-    if len(sizes) != 1 or len(prompts) != len(completions):
-        raise ValueError(f"every prompt needs the same number of completions, got {[len(group) for group in completions]} for {len(prompts)} prompts")
-    rows = [row for group in completions for row in group]
-    if not all(prompts) or not all(rows):
-        raise ValueError("a prompt or completion without tokens has no log-prob")
-    prompt_ids, prompt_mask = _padded(prompts, left=True)
-    completion_ids, completion_mask = _padded(rows, left=False)
-    return Batch(
-        prompt_ids_GP=prompt_ids.to(device),
-        prompt_mask_GP=prompt_mask.to(device),
-        completion_ids_BT=completion_ids.to(device),
-        completion_mask_BT=completion_mask.to(device),
+class Scorer:
+    """Scores packed batches under a model, adapted or not.
+
+    The fast way runs the model's body over the packed row and the head in chunks. It stands on transformers' conventions:
+    attention that comes from its interface, logits that are the head of the last hidden state. A model that departs from them
+    is found out by a trial on a few tokens, and goes through its own forward instead, row by row with full logits.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, longest: int, float32_head: bool = False, recompute: bool = False) -> None:
+        self._model = model
+        self._float32_head = float32_head
+        self.packed = _takes_packed(model, longest)
+        if self.packed:
+            model.set_attn_implementation(NAME)
+            self.packed = self._agrees()
+        if recompute:
+            _recompute_layers(model)
+
+    def completion_logprobs(self, batch: Batch) -> Tensor:
+        """Summed log-prob of each completion given its prompt, `logp_GK` in float32."""
+        return self.token_logprobs(batch).sum(-1)
+
+    def token_logprobs(self, batch: Batch) -> Tensor:
+        """Log-prob of each token of each completion, `logp_GKT` in float32, zero beyond a completion's end."""
+        return batch.spread(self._packed(batch) if self.packed else self._plain(batch))
+
+    def _packed(self, batch: Batch) -> Tensor:
+        hidden_ND = self._model.get_decoder()(
+            input_ids=batch.ids_N.unsqueeze(0),
+            position_ids=batch.positions_N.unsqueeze(0),
+            attention_mask=batch.ids_N.new_zeros(1, 1, 1, 1),  # of four dimensions, so transformers passes it on and makes none of its own
+            use_cache=False,
+            packed=batch,
+        ).last_hidden_state[0]
+        return chosen_logprobs(self._model.get_output_embeddings(), hidden_ND[batch.place_S], batch.source_M, batch.target_M, float32=self._float32_head)
+
+    def _plain(self, batch: Batch) -> Tensor:
+        """Prompt and completion as one padded row each, as anyone would do it."""
+        rows: list[Tensor] = []
+        places: list[tuple[int, int]] = []
+        for run in batch.runs:
+            for index, (places_T, count) in enumerate(zip(run.own_BT, run.read_B.tolist(), strict=True)):
+                prompt_P = run.prompt_GP[index // batch.group_size]
+                row = torch.cat([prompt_P, places_T[:count]])
+                places += [(len(rows), place) for place in range(len(prompt_P) - 1, len(row))]
+                rows.append(batch.ids_N[row])
+        mask_BL = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        logits_BLV = self._model(input_ids=pad_sequence(rows, batch_first=True), attention_mask=mask_BL, use_cache=False).logits
+        row_M, place_M = torch.tensor(places, device=mask_BL.device).unbind(-1)
+        return logits_BLV[row_M, place_M].float().log_softmax(-1).gather(-1, batch.target_M.unsqueeze(-1)).squeeze(-1)
+
+    @torch.no_grad()
+    def _agrees(self) -> bool:
+        """Try it: prompts and completions of different lengths, both ways."""
+        weight = self._model.get_input_embeddings().weight
+        ids = [(7 * index + 3) % weight.shape[0] for index in range(12)]
+        batch = pack([ids[:5], ids[2:5]], [[ids[5:9], ids[8:9]], [ids[3:6], ids[4:11]]], weight.device)
+        difference = (self._packed(batch) - self._plain(batch)).abs().max().item()
+        return difference <= _AGREE.get(weight.dtype, 1e-3)
+
+
+def _takes_packed(model: PreTrainedModel, longest: int) -> bool:
+    """Does the model's attention come from transformers' interface, and does it see all of a sequence of `longest` tokens?"""
+    config = model.config.get_text_config()
+    layers = getattr(config, "layer_types", None) or ["full_attention"]
+    window = getattr(config, "sliding_window", None) if "sliding_attention" in layers or not hasattr(config, "layer_types") else None
+    return (
+        getattr(model, "_supports_attention_backend", False)
+        and set(layers) <= {"full_attention", "sliding_attention"}
+        and (window is None or longest <= window)
     )
 
 
-def completion_logprobs(model: nn.Module, batch: Batch) -> Tensor:
-    """Summed log-prob of each completion given its prompt, `logp_GK` in float32."""
-    return token_logprobs(model, batch).sum(-1)
+def _recompute_layers(model: nn.Module) -> None:
+    """Activation checkpointing: backward computes each decoder layer again instead of keeping what it made."""
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.forward = partial(_recomputed, layer.forward)
 
 
-def token_logprobs(model: nn.Module, batch: Batch) -> Tensor:
-    """Log-prob of each token of each completion, `logp_GKT` in float32, zero beyond a completion's end."""
-    lengths_G = batch.prompt_mask_GP.sum(-1)
-    out = model(
-        input_ids=batch.prompt_ids_GP,
-        attention_mask=batch.prompt_mask_GP,
-        position_ids=(batch.prompt_mask_GP.cumsum(-1) - 1).clamp(min=0),
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    first_GK = batch.completion_ids_BT[:, 0].view(-1, batch.group_size)
-    first_GK1 = torch.log_softmax(out.logits[:, -1].float(), -1).gather(-1, first_GK).unsqueeze(-1)
-    width = batch.completion_ids_BT.shape[1]
-    if width == 1:
-        return first_GK1
-    cache = out.past_key_values
-    cache.batch_repeat_interleave(batch.group_size)
-    mask_BT = torch.cat([batch.prompt_mask_GP.repeat_interleave(batch.group_size, 0), batch.completion_mask_BT[:, :-1]], -1)
-    start_B = lengths_G.repeat_interleave(batch.group_size)
-    logits_BTV = model(
-        input_ids=batch.completion_ids_BT[:, :-1],
-        attention_mask=mask_BT,
-        position_ids=start_B.unsqueeze(-1) + torch.arange(width - 1, device=start_B.device),
-        past_key_values=cache,
-        use_cache=True,
-    ).logits.float()
-    logp_BT = logits_BTV.log_softmax(-1).gather(-1, batch.completion_ids_BT[:, 1:].unsqueeze(-1)).squeeze(-1) * batch.completion_mask_BT[:, 1:]
-    return torch.cat([first_GK1, logp_BT.view(*first_GK.shape, -1)], -1)
-
-
-def _padded(rows: Sequence[Ids], *, left: bool) -> tuple[Tensor, Tensor]:
-    """Ids and mask. The padding id is 0: it is never attended to, and its own output is never used."""
-    width = max(map(len, rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
-    for index, row in enumerate(rows):
-        place = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[index, place] = torch.as_tensor(row)
-        mask[index, place] = 1
-    return ids, mask
+def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)

@@ -22,6 +22,8 @@ from ftb_llm.config import Config
 from ftb_llm.config.schema import Lora
 from ftb_llm.errors import CheckpointError, ConfigError, FtbError
 from learner.log_z import LogZTable
+from learner.logprobs import Scorer
+from learner.lora import speed_up
 
 ALL_LINEAR = "all-linear"
 _WEIGHTS = "model.safetensors"
@@ -36,6 +38,7 @@ class AdaptedModel:
         check_targets(base, config.model.lora)
         peft_model = get_peft_model(base, lora_config(config.model.lora))
         peft_model.eval()
+        speed_up(peft_model)
         optimizer = torch.optim.AdamW(
             [parameter for parameter in peft_model.parameters() if parameter.requires_grad],
             lr=config.learner.learning_rate,
@@ -46,6 +49,8 @@ class AdaptedModel:
         self.log_z = LogZTable()
         self.accelerator = Accelerator(cpu=config.learner.gpus == 0)
         self.module, self.optimizer = self.accelerator.prepare(peft_model, optimizer)
+        learner = config.learner
+        self.scorer = Scorer(base, longest=config.actors.max_model_len, float32_head=learner.float32_head, recompute=learner.recompute_activations)
 
     @property
     def peft_model(self) -> PeftModel:
@@ -66,9 +71,6 @@ class AdaptedModel:
         """Within it, the model is the reference: the same weights without the adapter."""
         context: AbstractContextManager[None] = self.peft_model.disable_adapter()
         return context
-
-    def backward(self, loss: Tensor) -> None:
-        self.accelerator.backward(loss)
 
     def update(self, *, step: int, learning_rate: float, max_grad_norm: float) -> float:
         """Clip, take one AdamW step on the accumulated gradient, clear it. Returns the norm before clipping."""

@@ -3,24 +3,26 @@
 Shapes: `G` groups of the step, `K` completions per group.
 """
 
-import itertools
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ftb_llm.baselines import BASELINES, Samples
 from ftb_llm.errors import FtbError
 from ftb_llm.objectives import argument, delta, ftb_loss, masked, member
 from ftb_llm.shadow import shadow_metrics
 from ftb_llm.types import FinishReason, Group, ObjectiveSpec, StepReport, StepRequest
-from learner.logprobs import Batch, completion_logprobs, pack, token_logprobs
+from learner.batching import plan, slices, token_cost
 from learner.model import AdaptedModel
+from learner.packing import Batch, pack
 
 
-def take_step(model: AdaptedModel, request: StepRequest, *, groups_per_micro_batch: int) -> StepReport:
+def take_step(model: AdaptedModel, request: StepRequest, *, micro_batch_tokens: int) -> StepReport:
     """Reference pass, policy pass, loss and gradient per micro-batch; then one update."""
     spec = request.objective
     groups = [scored.group for scored in request.groups]
@@ -29,10 +31,10 @@ def take_step(model: AdaptedModel, request: StepRequest, *, groups_per_micro_bat
     denominator = max(1, int(mask_GK.sum()))
     model.log_z.use(spec.beta, spec.tempered)
     parts: list[_Part] = []
-    for start in range(0, len(groups), groups_per_micro_batch):
-        rows = slice(start, start + groups_per_micro_batch)
-        parts.append(_backward(model, groups[rows], reward_GK[rows], mask_GK[rows], spec, denominator))
-    logp_GK, logp_ref_GK = torch.cat([part.logp_GK for part in parts]), torch.cat([part.logp_ref_GK for part in parts])
+    for places in plan(groups, budget=micro_batch_tokens)[0]:
+        objective = partial(_objective, model, [groups[place] for place in places], reward_GK[places], mask_GK[places], spec, denominator)
+        parts.append(_backward(model, [groups[place] for place in places], objective, places=places, budget=micro_batch_tokens))
+    logp_GK, logp_ref_GK = (_in_order([getattr(part, name) for part in parts], parts) for name in ("logp_GK", "logp_ref_GK"))
     delta_GK = delta(logp_GK, logp_ref_GK, reward_GK, spec.beta)
     if not bool(delta_GK.isfinite().all()):
         model.optimizer.zero_grad()
@@ -41,7 +43,7 @@ def take_step(model: AdaptedModel, request: StepRequest, *, groups_per_micro_bat
     metrics = _summed([part.metrics for part in parts])
     if spec.log_z == "learned":
         x_GK = argument(logp_GK, logp_ref_GK, reward_GK, spec)
-        metrics |= _learn_log_z(model, groups, x_GK, mask_GK, torch.cat([part.log_z_G for part in parts]), spec)
+        metrics |= _learn_log_z(model, groups, x_GK, mask_GK, _in_order([part.log_z_G for part in parts], parts), spec)
     began = time.perf_counter()
     metrics |= shadow_metrics(delta_GK, mask_GK, alpha=spec.alpha)
     metrics["time/divergence_seconds"] = time.perf_counter() - began
@@ -55,31 +57,81 @@ def take_step(model: AdaptedModel, request: StepRequest, *, groups_per_micro_bat
             "optim/masked_completions": float(mask_GK.numel() - int(mask_GK.sum())),
             **_mismatch(groups, logp_GK),
             "perf/learn_tokens": float(sum(group.token_count for group in groups)),
+            "perf/packed_tokens": float(sum(token_cost(group) for group in groups)),
+            "perf/micro_batches": float(len(parts)),
         },
         delta_GK=tuple(map(tuple, delta_GK.tolist())),
         logp_GK=tuple(map(tuple, logp_GK.tolist())),
     )
 
 
+Objective = Callable[[Batch, Tensor, Tensor], tuple[Tensor, dict[str, float], Tensor]]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
     """What one micro-batch leaves behind, besides its gradient."""
 
+    places: list[int]  # of its groups in the step
     logp_GK: Tensor
     logp_ref_GK: Tensor
-    log_z_G: Tensor  # of the learned table; empty where the normaliser is the batch's
+    log_z_G: Tensor  # what the learned table said; empty where the normaliser is the batch's
     metrics: dict[str, float]
 
 
-def _backward(model: AdaptedModel, groups: Sequence[Group], reward_GK: Tensor, mask_GK: Tensor, spec: ObjectiveSpec, denominator: int) -> _Part:
-    """The gradient of one micro-batch, added to what is there."""
+def _backward(model: AdaptedModel, groups: Sequence[Group], objective: Objective, *, places: list[int], budget: int) -> _Part:
+    """The gradient of one micro-batch, added to what is there.
+
+    The objective needs whole groups, but of the model only log-probs: its gradient with respect to those is all that the
+    backward pass is told. So a group that is larger than the budget is scored in parts, and its gradient taken in parts.
+    """
     batch = pack_groups(groups, model)
+    parts = [range(batch.group_size)] if sum(map(token_cost, groups)) <= budget else slices(groups[0], budget=budget)
+    assert len(parts) == 1 or len(groups) == 1, "only a single group may be larger than the budget"
     with torch.no_grad(), model.as_reference():
-        logp_ref_GKT = token_logprobs(model.module, batch)
-    logp_GKT = token_logprobs(model.module, batch)
-    logp_GK, logp_ref_GK = logp_GKT.sum(-1, dtype=torch.float64), logp_ref_GKT.sum(-1, dtype=torch.float64)
-    log_z_G = None
+        logp_ref_GKT = torch.cat([_part_logprobs(model, groups, batch, part) for part in parts], 1)
+    with torch.set_grad_enabled(len(parts) == 1):
+        logp_GKT = torch.cat([_part_logprobs(model, groups, batch, part) for part in parts], 1)
+    slope_GKT, metrics, log_z_G = objective(batch, logp_GKT.detach(), logp_ref_GKT)
+    if len(parts) == 1:
+        logp_GKT.backward(slope_GKT)
+    else:
+        for part in parts:
+            _part_logprobs(model, groups, batch, part).backward(slope_GKT[:, part.start : part.stop])
+    return _Part(
+        places=places,
+        logp_GK=logp_GKT.detach().sum(-1, dtype=torch.float64),
+        logp_ref_GK=logp_ref_GKT.sum(-1, dtype=torch.float64),
+        log_z_G=log_z_G,
+        metrics=metrics,
+    )
+
+
+def _part_logprobs(model: AdaptedModel, groups: Sequence[Group], batch: Batch, part: range) -> Tensor:
+    """Token log-probs of some completions of every group, as wide as those of all."""
+    if len(part) < batch.group_size:
+        own = pack_groups([replace(group, completions=group.completions[part.start : part.stop]) for group in groups], model)
+        logp_GKT = model.scorer.token_logprobs(own)
+        return functional.pad(logp_GKT, (0, batch.width - own.width))
+    return model.scorer.token_logprobs(batch)
+
+
+def _objective(
+    model: AdaptedModel,
+    groups: Sequence[Group],
+    reward_GK: Tensor,
+    mask_GK: Tensor,
+    spec: ObjectiveSpec,
+    denominator: int,
+    batch: Batch,
+    logp_GKT: Tensor,
+    logp_ref_GKT: Tensor,
+) -> tuple[Tensor, dict[str, float], Tensor]:
+    """The loss's gradient with respect to each token's log-prob, its metrics, and the learned log Z that it took."""
+    logp_GKT = logp_GKT.requires_grad_()
+    log_z_G: Tensor | None = None
     if spec.kind == "ftb":
+        logp_GK, logp_ref_GK = logp_GKT.sum(-1, dtype=torch.float64), logp_ref_GKT.sum(-1, dtype=torch.float64)
         if spec.log_z == "learned":
             with torch.no_grad():
                 batch_log_z_G = member(spec).log_z(argument(logp_GK, logp_ref_GK, reward_GK, spec), mask_GK)
@@ -88,13 +140,13 @@ def _backward(model: AdaptedModel, groups: Sequence[Group], reward_GK: Tensor, m
     else:
         samples = _samples(groups, batch, logp_GKT, logp_ref_GKT, reward_GK, mask_GK)
         scalar, metrics = BASELINES[spec.kind](samples, spec, denominator=denominator)
-    model.backward(scalar)
-    return _Part(
-        logp_GK=logp_GK.detach().double(),
-        logp_ref_GK=logp_ref_GK.double(),
-        log_z_G=torch.empty(0) if log_z_G is None else log_z_G,
-        metrics=metrics,
-    )
+    return torch.autograd.grad(scalar, logp_GKT)[0], metrics, torch.empty(0) if log_z_G is None else log_z_G
+
+
+def _in_order(values: Sequence[Tensor], parts: Sequence[_Part]) -> Tensor:
+    """What the micro-batches say of their groups, in the order of the step's groups."""
+    places = [place for part in parts for place in part.places]
+    return torch.cat(list(values))[torch.tensor(places).argsort()]
 
 
 def counted(groups: Sequence[Group], spec: ObjectiveSpec) -> Tensor:
@@ -144,13 +196,14 @@ def _summed(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: sum(part[name] for part in metrics) for name in metrics[0]}
 
 
-def policy_logprobs(model: AdaptedModel, groups: Sequence[Group], *, groups_per_micro_batch: int) -> list[list[float]]:
+def policy_logprobs(model: AdaptedModel, groups: Sequence[Group], *, micro_batch_tokens: int) -> list[list[float]]:
     """Summed log-probs of the groups' completions under the present adapter, without gradients."""
-    values: list[list[float]] = []
+    values: dict[int, list[float]] = {}
     with torch.no_grad():
-        for part in _batched(groups, groups_per_micro_batch):
-            values += completion_logprobs(model.module, pack_groups(part, model)).tolist()
-    return values
+        for places in plan(groups, budget=micro_batch_tokens)[0]:
+            logp_GK = model.scorer.completion_logprobs(pack_groups([groups[place] for place in places], model))
+            values |= dict(zip(places, logp_GK.tolist(), strict=True))
+    return [values[place] for place in range(len(groups))]
 
 
 def pack_groups(groups: Sequence[Group], model: AdaptedModel) -> Batch:
@@ -163,9 +216,3 @@ def _mismatch(groups: Sequence[Group], logp_GK: Tensor) -> dict[str, float]:
     engine_GK = torch.tensor([[completion.logprob for completion in group.completions] for group in groups], dtype=torch.float64)
     difference_GK = (logp_GK.cpu() - engine_GK).abs()
     return {"off_policy/logprob_diff_mean": difference_GK.mean().item(), "off_policy/logprob_diff_max": difference_GK.max().item()}
-
-
-def _batched(groups: Iterable[Group], size: int) -> Iterator[list[Group]]:
-    iterator = iter(groups)
-    while part := list(itertools.islice(iterator, size)):
-        yield part

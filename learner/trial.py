@@ -91,7 +91,7 @@ class Trial:
                 groups=batch,
             )
             with users_code(request):
-                take_step(self.model, request, groups_per_micro_batch=config.learner.groups_per_micro_batch)
+                take_step(self.model, request, micro_batch_tokens=config.learner.micro_batch_tokens)
             self._taken = step
             if step + self.spec.lag < last:
                 self._sample(version=step)

@@ -14,7 +14,7 @@ from ftb_llm.types import Completion, FinishReason, Group, ObjectiveSpec, Prompt
 
 PROMPTS = [Prompt(index=index, text=f"p{index}", token_ids=tuple(range(5, 7 + index))) for index in range(4)]  # of different lengths
 GROUP_SIZE = 6
-RUN = {"run": {"seed": 3}, "model": {"lora": {"rank": 4, "alpha": 8.0}}, "learner": {"groups_per_step": 4, "groups_per_micro_batch": 4}}
+RUN = {"run": {"seed": 3}, "model": {"lora": {"rank": 4, "alpha": 8.0}}, "learner": {"groups_per_step": 4, "micro_batch_tokens": 1000}}
 
 
 def tiny_config(**sections: dict[str, Any]) -> Config:

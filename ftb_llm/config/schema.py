@@ -257,7 +257,16 @@ class Learner(Section):
     cpus: float = Fixed(1.0, "CPU cores that the learner reserves.", ge=0)
     gpus: float = Fixed(0.0, "GPUs that the learner reserves.", ge=0)
     groups_per_step: int = Fixed(8, "Groups per optimizer step.", ge=1)
-    groups_per_micro_batch: int = Fixed(8, "Groups per forward and backward pass; a group is never split.", ge=1)
+    micro_batch_tokens: int = Fixed(
+        16384,
+        "Tokens per forward and backward pass, a group's prompt counted once. Groups stay whole; the completions of one that is larger go through one by one "
+        "or in parts, twice: for the log-probs of all, then for the gradient. The gradient is the same for any value; memory grows with it.",
+        ge=1,
+    )
+    recompute_activations: bool = Fixed(
+        False, "Keep only the inputs of each layer for the backward pass and compute the rest again: a third more time, several times less memory."
+    )
+    float32_head: bool = Fixed(False, "Multiply hidden states and head in float32 where model.dtype is bfloat16; sums are float32 in any case.")
     learning_rate: float = Live(3e-3, "Peak learning rate of AdamW.", gt=0, le=1)
     warmup_steps: int = Live(10, "Steps of linear warm-up.", ge=0, lt=2**31)
     decay: Literal["constant", "linear", "cosine"] = Live("cosine", "Shape of the decay from the warm-up's end to run.max_steps.")

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ftb_llm.types import AdapterRef
 from learner import adapters
 from learner.learner import Learner
-from learner.logprobs import completion_logprobs, pack
+from learner.logprobs import Scorer
+from learner.packing import pack
 from tests import tiny_llama
 
 BATCH = pack([[5, 6], [9, 8, 7]], [[[4, 2, 0], [7, 0]], [[1], [60, 61]]])
@@ -38,7 +39,7 @@ def base(path: Path) -> PreTrainedModel:
 
 def scores(model: torch.nn.Module) -> Tensor:
     with torch.no_grad():
-        return completion_logprobs(model, BATCH)
+        return Scorer(model, longest=128).completion_logprobs(BATCH)
 
 
 def merged_by_hand(path: Path, reference: AdapterRef, payload: bytes) -> PreTrainedModel:
@@ -85,8 +86,8 @@ def test_the_canary_is_the_summed_log_prob_of_its_sequence(path: Path, tmp_path:
     assert canary.prompt_ids == tiny_llama.PROMPTS[0].token_ids
     assert len(canary.completion_ids) == adapters.CANARY_TOKENS
     with torch.no_grad():
-        assert canary.adapted == pytest.approx(completion_logprobs(merged_by_hand(path, reference, payload), batch).item(), abs=1e-4)
-        assert canary.base == pytest.approx(completion_logprobs(base(path), batch).item(), abs=1e-4)
+        assert canary.adapted == pytest.approx(Scorer(merged_by_hand(path, reference, payload), longest=128).completion_logprobs(batch).item(), abs=1e-4)
+        assert canary.base == pytest.approx(Scorer(base(path), longest=128).completion_logprobs(batch).item(), abs=1e-4)
     assert abs(canary.adapted - canary.base) > 0.01
 
 

@@ -20,7 +20,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make(path: Path, run_dir: Path, rank: int = 4) -> Learner:
-    config = tiny_llama.tiny_config(model={"lora": {"rank": rank, "alpha": 8.0}}, checkpoint={"keep": 2}, learner={"groups_per_micro_batch": 2})
+    config = tiny_llama.tiny_config(model={"lora": {"rank": rank, "alpha": 8.0}}, checkpoint={"keep": 2}, learner={"micro_batch_tokens": 45})
     return Learner(config, model_path=path, run_dir=run_dir, prompts=tiny_llama.PROMPTS, task_name=None)
 
 

@@ -68,21 +68,23 @@ def test_gradient_and_loss_are_those_of_the_closed_form(path: Path, divergence: 
     named = {name: parameter for name, parameter in model.module.named_parameters() if parameter.requires_grad}
     expected = torch.autograd.grad(loss, list(named.values()))
 
-    report = take_step(model, request, groups_per_micro_batch=4)
+    report = take_step(model, request, micro_batch_tokens=1000)
     assert report.loss == pytest.approx(loss.item(), rel=1e-4)
     for name, gradient in zip(named, expected, strict=True):
         torch.testing.assert_close(model.gradient[name], gradient, rtol=2e-3, atol=1e-4 * float(max(part.abs().max() for part in expected)))
     torch.testing.assert_close(torch.tensor(report.delta_GK, dtype=torch.float64), delta.detach(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 8, 20, 45])  # in parts of groups, group by group, two at a time
 def test_micro_batches_make_the_same_step(path: Path, size: int) -> None:
     whole, parts = moved(path), moved(path)
     request = tiny_llama.step_request(1, divergence="hellinger")
-    a = take_step(whole, request, groups_per_micro_batch=4)
-    b = take_step(parts, request, groups_per_micro_batch=size)
+    a = take_step(whole, request, micro_batch_tokens=1000)
+    b = take_step(parts, request, micro_batch_tokens=size)
     assert b.loss == pytest.approx(a.loss, rel=1e-6)
-    assert untimed(b).metrics == pytest.approx(untimed(a).metrics, rel=1e-5)
+    count = "perf/micro_batches"
+    assert b.metrics[count] >= a.metrics[count] == 1
+    assert untimed(b).metrics | {count: 1} == pytest.approx(untimed(a).metrics, rel=1e-5)
     differences = [gradient - parts.gradient[name] for name, gradient in whole.gradient.items()]
     assert norm(differences) <= 1e-6 * norm(list(whole.gradient.values()))
 
@@ -96,8 +98,10 @@ def test_metrics(path: Path) -> None:
     request = tiny_llama.step_request(1)
     logp = plain_logprobs(model, request.groups).detach().double()
     engine = torch.tensor([[completion.logprob for completion in scored.group.completions] for scored in request.groups])
-    report = take_step(model, request, groups_per_micro_batch=4)
+    report = take_step(model, request, micro_batch_tokens=1000)
     assert set(report.metrics) == {
+        "perf/packed_tokens",
+        "perf/micro_batches",
         "optim/loss",
         "optim/grad_norm",
         "optim/learning_rate",
@@ -118,13 +122,13 @@ def test_metrics(path: Path) -> None:
 
 def test_the_alpha_member_in_use_is_reported(path: Path) -> None:
     objective = replace(tiny_llama.step_request(1).objective, divergence="alpha", alpha=1.5)
-    report = take_step(moved(path), tiny_llama.step_request(1, objective=objective), groups_per_micro_batch=4)
+    report = take_step(moved(path), tiny_llama.step_request(1, objective=objective), micro_batch_tokens=1000)
     assert report.metrics["divergence/loss/alpha"] == pytest.approx(report.loss, rel=1e-6)
 
 
 def losses(path: Path, steps: int, divergence: str = "reverse_kl") -> list[StepReport]:
     model = AdaptedModel(tiny_llama.tiny_config(), path)
-    return [take_step(model, tiny_llama.step_request(step, divergence=divergence), groups_per_micro_batch=4) for step in range(1, steps + 1)]
+    return [take_step(model, tiny_llama.step_request(step, divergence=divergence), micro_batch_tokens=1000) for step in range(1, steps + 1)]
 
 
 def test_the_seed_gives_the_same_losses_twice(path: Path) -> None:
@@ -144,19 +148,19 @@ def test_a_reward_that_is_not_finite_leaves_the_weights(path: Path, reward: floa
     broken = replace(request.groups[0], rewards=(reward, *request.groups[0].rewards[1:]))
     before = model.adapter_state()
     with pytest.raises(FtbError, match=r"step 3: .* not finite; the weights are those of step 2"):
-        take_step(model, replace(request, groups=(broken, *request.groups[1:])), groups_per_micro_batch=4)
+        take_step(model, replace(request, groups=(broken, *request.groups[1:])), micro_batch_tokens=1000)
     after = model.adapter_state()
     assert all(torch.equal(before[name], after[name]) for name in before)
     again: StepRequest = tiny_llama.step_request(3)
-    assert take_step(model, again, groups_per_micro_batch=4).loss == take_step(moved(path), again, groups_per_micro_batch=4).loss
+    assert take_step(model, again, micro_batch_tokens=1000).loss == take_step(moved(path), again, micro_batch_tokens=1000).loss
 
 
 def test_policy_logprobs_in_any_batching(path: Path) -> None:
     model = moved(path)
     groups = [scored.group for scored in tiny_llama.step_request(1, seeds=(0, 1, 2, 3, 4)).groups]
     expected = plain_logprobs(model, tiny_llama.step_request(1, seeds=(0, 1, 2, 3, 4)).groups)
-    for size in (2, 5):
-        torch.testing.assert_close(torch.tensor(policy_logprobs(model, groups, groups_per_micro_batch=size)), expected.detach(), rtol=1e-5, atol=1e-5)
+    for size in (20, 1000):
+        torch.testing.assert_close(torch.tensor(policy_logprobs(model, groups, micro_batch_tokens=size)), expected.detach(), rtol=1e-5, atol=1e-5)
 
 
 def with_behaviour(request: StepRequest, seed: int) -> StepRequest:
@@ -180,8 +184,8 @@ def test_ftb_never_reads_what_the_sampler_thought(path: Path, divergence: str, l
     models = [moved(path) for _ in range(3)]
     for step in (1, 2):
         request = tiny_llama.step_request(step, objective=objective)
-        reports = [take_step(models[0], request, groups_per_micro_batch=4)]
-        reports += [take_step(model, with_behaviour(request, seed), groups_per_micro_batch=4) for seed, model in enumerate(models[1:])]
+        reports = [take_step(models[0], request, micro_batch_tokens=1000)]
+        reports += [take_step(model, with_behaviour(request, seed), micro_batch_tokens=1000) for seed, model in enumerate(models[1:])]
         assert len({report.metrics["off_policy/logprob_diff_max"] for report in reports}) == 3
         for model, report in zip(models[1:], reports[1:], strict=True):
             assert report.loss == reports[0].loss
@@ -193,10 +197,10 @@ def test_ftb_never_reads_what_the_sampler_thought(path: Path, divergence: str, l
 def test_a_baseline_does_read_it_and_takes_the_same_step_in_micro_batches(path: Path, kind: str) -> None:
     request = tiny_llama.step_request(1, objective=replace(tiny_llama.step_request(1).objective, kind=kind))
     whole, parts, other = moved(path), moved(path), moved(path)
-    a = take_step(whole, with_behaviour(request, 0), groups_per_micro_batch=4)
-    b = take_step(parts, with_behaviour(request, 0), groups_per_micro_batch=1)
-    take_step(other, with_behaviour(request, 1), groups_per_micro_batch=4)
-    assert untimed(b).metrics == pytest.approx(untimed(a).metrics, rel=1e-4, abs=1e-6)
+    a = take_step(whole, with_behaviour(request, 0), micro_batch_tokens=1000)
+    b = take_step(parts, with_behaviour(request, 0), micro_batch_tokens=20)
+    take_step(other, with_behaviour(request, 1), micro_batch_tokens=1000)
+    assert untimed(b).metrics | {"perf/micro_batches": 1} == pytest.approx(untimed(a).metrics, rel=1e-4, abs=1e-6)
     size = norm(list(whole.gradient.values()))
     assert norm([gradient - parts.gradient[name] for name, gradient in whole.gradient.items()]) <= 1e-5 * size
     assert norm([gradient - other.gradient[name] for name, gradient in whole.gradient.items()]) > 1e-2 * size
@@ -228,7 +232,7 @@ def test_truncated_completions_are_masked_when_asked(path: Path, kind: str) -> N
     for truncated in ("keep", "mask"):
         for name, one in (("own", request), ("other", other)):
             model = moved(path)
-            report = take_step(model, replace(one, objective=replace(objective, truncated=truncated)), groups_per_micro_batch=2)
+            report = take_step(model, replace(one, objective=replace(objective, truncated=truncated)), micro_batch_tokens=45)
             gradients[truncated, name] = list(model.gradient.values())
             assert report.metrics["optim/masked_completions"] == (2 if truncated == "mask" else 0)
     assert all(torch.equal(a, b) for a, b in zip(gradients["mask", "own"], gradients["mask", "other"], strict=True))
@@ -239,7 +243,7 @@ def test_a_step_of_nothing_but_truncated_completions_has_no_gradient(path: Path)
     request = tiny_llama.step_request(1)
     everything = {(g, k) for g, scored in enumerate(request.groups) for k in range(len(scored.rewards))}
     model = moved(path)
-    report = take_step(model, replace(cut(request, everything), objective=replace(request.objective, truncated="mask")), groups_per_micro_batch=4)
+    report = take_step(model, replace(cut(request, everything), objective=replace(request.objective, truncated="mask")), micro_batch_tokens=1000)
     assert report.loss == 0
     assert all(math.isfinite(value) for value in report.metrics.values())
     assert max(gradient.abs().max().item() for gradient in model.gradient.values()) == 0
@@ -250,12 +254,12 @@ def test_a_learned_log_z_follows_the_batch_and_is_left_alone_by_a_failed_step(pa
     objective = replace(tiny_llama.step_request(1).objective, log_z="learned", log_z_rate=0.5)
     model = moved(path)
     request = tiny_llama.step_request(1, objective=objective)
-    first = take_step(model, request, groups_per_micro_batch=2)
+    first = take_step(model, request, micro_batch_tokens=45)
     prompts = [scored.group.prompt.index for scored in request.groups]
     assert len(set(prompts)) == len(prompts)
     start = [-sum(row) / len(row) for row in first.delta_GK]
     assert [model.log_z.state()["values"][str(prompt)] for prompt in prompts] == pytest.approx(start, rel=1e-6)
-    second = take_step(model, tiny_llama.step_request(2, objective=objective), groups_per_micro_batch=2)
+    second = take_step(model, tiny_llama.step_request(2, objective=objective), micro_batch_tokens=45)
     slopes = [sum(row) / len(row) + value for row, value in zip(second.delta_GK, start, strict=True)]
     expected = [value - 0.5 * max(-1, min(1, slope)) for value, slope in zip(start, slopes, strict=True)]
     before = model.log_z.state()
@@ -264,7 +268,7 @@ def test_a_learned_log_z_follows_the_batch_and_is_left_alone_by_a_failed_step(pa
     broken = tiny_llama.step_request(3, objective=objective)
     broken = replace(broken, groups=(replace(broken.groups[0], rewards=(math.nan, *broken.groups[0].rewards[1:])), *broken.groups[1:]))
     with pytest.raises(FtbError, match="not finite"):
-        take_step(model, broken, groups_per_micro_batch=2)
+        take_step(model, broken, micro_batch_tokens=45)
     assert model.log_z.state() == before
 
 
@@ -272,7 +276,7 @@ def test_a_group_of_nothing_but_masked_completions_teaches_no_log_z(path: Path) 
     objective = replace(tiny_llama.step_request(1).objective, log_z="learned", truncated="mask")
     request = tiny_llama.step_request(1, objective=objective)
     model = moved(path)
-    take_step(model, cut(request, {(0, k) for k in range(len(request.groups[0].rewards))}), groups_per_micro_batch=2)
+    take_step(model, cut(request, {(0, k) for k in range(len(request.groups[0].rewards))}), micro_batch_tokens=45)
     known = {str(scored.group.prompt.index) for scored in request.groups[1:]}
     assert set(model.log_z.state()["values"]) == known
     assert str(request.groups[0].group.prompt.index) not in known

@@ -7,8 +7,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ftb_llm.errors import FtbError
 from ftb_llm.types import Completion, FinishReason, Group, GroupRequest, SamplingSpec
-from learner.logprobs import completion_logprobs, pack
 from learner.model import AdaptedModel
+from learner.packing import pack
 from learner.sampler import Sampler
 from tests import tiny_llama
 
@@ -53,7 +53,7 @@ def outcomes(vocabulary: int) -> list[tuple[int, ...]]:
 
 def exact_logprobs(model: AdaptedModel, index: int, rows: list[tuple[int, ...]]) -> Tensor:
     with torch.no_grad():
-        return completion_logprobs(model.module, pack([PROMPTS[index].token_ids], [rows]))[0].double()
+        return model.scorer.completion_logprobs(pack([PROMPTS[index].token_ids], [rows]))[0].double()
 
 
 def surprise(counts: Tensor, p: Tensor) -> float:
@@ -95,7 +95,7 @@ def test_logprobs_are_those_of_the_learner(model: AdaptedModel, tokenizer: PreTr
     groups = sample(model, tokenizer, sampling(50, 6, temperature=1.3, top_p=0.9, token_logprobs=True))
     batch = pack([group.prompt.token_ids for group in groups], [[one.token_ids for one in group.completions] for group in groups])
     with torch.no_grad():
-        expected = completion_logprobs(model.module, batch)
+        expected = model.scorer.completion_logprobs(batch)
     actual = torch.tensor([[one.logprob for one in group.completions] for group in groups])
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
     for one in completions(groups):

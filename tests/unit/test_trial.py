@@ -14,7 +14,7 @@ from learner.step import policy_logprobs
 from learner.trial import Trial, run
 from tests import tiny_llama
 
-SMALL = ("sampling.group_size=4", "learner.groups_per_step=4", "learner.groups_per_micro_batch=4", "model.lora.rank=4")
+SMALL = ("sampling.group_size=4", "learner.groups_per_step=4", "learner.micro_batch_tokens=1000", "model.lora.rank=4")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_samples_are_those_of_the_weights_they_name(path: Path) -> None:
         groups = [scored.group for scored in batch]
         trial.model.load_adapter_state(states[groups[0].max_version])
         sampled = torch.tensor([[completion.logprob for completion in group.completions] for group in groups])
-        scored = torch.tensor(policy_logprobs(trial.model, groups, groups_per_micro_batch=4))
+        scored = torch.tensor(policy_logprobs(trial.model, groups, micro_batch_tokens=1000))
         torch.testing.assert_close(sampled, scored, rtol=0, atol=1e-5)
 
 

@@ -1,0 +1,55 @@
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaForCausalLM
+
+from learner.lora import _LoraLinear, speed_up
+from tests import tiny_llama
+
+IDS = torch.tensor([[5, 6, 7, 8], [1, 2, 3, 4]])
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama.build(tmp_path_factory.mktemp("model"))
+
+
+def adapted(path: Path, **changes: object) -> PeftModel:
+    torch.manual_seed(0)
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(path), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **changes)).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def outcome(model: PeftModel) -> tuple[torch.Tensor, ...]:
+    logits = model(IDS).logits
+    return logits.detach(), *torch.autograd.grad(logits.square().sum(), [part for part in model.parameters() if part.requires_grad])
+
+
+def test_value_and_gradient_are_pefts(path: Path) -> None:
+    plain, fast = adapted(path), adapted(path)
+    assert speed_up(fast) == 14
+    torch.testing.assert_close(outcome(fast), outcome(plain), rtol=1e-5, atol=1e-5)
+    with plain.disable_adapter(), fast.disable_adapter():
+        assert torch.equal(fast(IDS).logits, plain(IDS).logits)
+    assert fast.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_gradients_are_those_of_finite_differences() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 3, 5), (4, 5), (4,), (2, 5), (4, 2))
+    x, weight, bias, a, b = (torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes)
+    trained = [part.requires_grad_() for part in (x, a, b)]
+    assert torch.autograd.gradcheck(lambda x, a, b: _LoraLinear.apply(x, weight, bias, a, b, 1.5), trained)
+
+
+@pytest.mark.parametrize("changes", [{"use_dora": True}, {"lora_dropout": 0.1}])
+def test_other_layers_keep_their_own_forward(path: Path, changes: dict[str, object]) -> None:
+    model = adapted(path, **changes)
+    assert speed_up(model) == 0
+    assert not any(isinstance(module.forward, partial) for module in model.modules())
