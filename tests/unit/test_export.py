@@ -291,7 +291,7 @@ def test_the_command_prints_where_it_wrote(run: Path, tmp_path: Path, capsys: py
         (
             ["--version", "new"],
             2,
-            "argument --version: new is wrong: it should be a step such as 12, or the name of its folder, v000012; see ftb-llm export --help",
+            "argument --version: new is wrong: it should be a step such as 12 or v000012; see ftb-llm export --help",
         ),
     ],
 )
