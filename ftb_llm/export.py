@@ -53,8 +53,8 @@ def export_adapter(run: Path, version: int | None, out: Path | None) -> Exported
     adapter = open_adapter(find_adapter(run, version))
     out = out or default_folder(run, adapter.version, merged=False)
     with whole_folder(out) as folder:
-        for file in (file for file in sorted(adapter.path.iterdir()) if file.is_file()):
-            _copy(file, folder / file.name)
+        for name in sorted({WEIGHTS, SETTINGS, *(file.name for file in adapter.path.glob("*") if file.is_file())}):
+            _copy(adapter.path / name, folder / name)
         (folder / SETTINGS).write_text(json.dumps(portable(adapter.settings, config.model.path), indent=2, sort_keys=True) + "\n", encoding="utf-8")
         check_sha256(folder / WEIGHTS, adapter.sha256)  # of the copy: a live run deletes and replaces its adapters
     return Exported(path=out, version=adapter.version, merged=False, base=config.model.path, byte_count=_size(out))
