@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from ftb_llm.adapter_folder import check_neighbour
 from ftb_llm.errors import CheckpointError
 
 PEFT_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
@@ -33,7 +34,8 @@ class LoraPair:
 
 
 def read_adapter(path: Path) -> dict[str, LoraPair]:
-    """The adapter's pairs, each under the name of the base weight it changes. Anything that is no LoRA factor is an error."""
+    """The adapter's pairs, each under the name of the base weight it changes. Anything that is no plain LoRA factor is an error."""
+    check_neighbour(path)
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -71,13 +73,20 @@ def base_files(base: Path) -> dict[str, Path]:
         raise CheckpointError(f"base model {base} has no readable model.safetensors: {error}") from None
 
 
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"base model file {file} can't be read: {error}") from None
+
+
 def check_adapter(base: Path, adapter: Path) -> None:
     """Raise unless every pair of the adapter fits an existing base weight. Reads only the shapes of the base."""
     pairs, files = read_adapter(adapter), base_files(base)
     if unknown := sorted(set(pairs) - set(files)):
         raise CheckpointError(f"adapter changes {unknown[0]}, which base model {base} does not have ({len(unknown)} such weights)")
     for file in sorted({files[name] for name in pairs}):
-        with safe_open(file, framework="pt") as handle:
+        with _opened(file) as handle:
             for name in (name for name in pairs if files[name] == file):
                 shape = tuple(handle.get_slice(name).get_shape())
                 if shape != pairs[name].merged_shape:
@@ -88,7 +97,7 @@ def merged_weights(base: Path, adapter: Path, scale: float, device: str | torch.
     """Every weight of the base model, with the adapter merged in float32 where it applies; raises if any pair was left over."""
     pairs, files = read_adapter(adapter), base_files(base)
     for file in sorted(set(files.values())):
-        with safe_open(file, framework="pt") as handle:  # memory-mapped: pages come in as tensors are read
+        with _opened(file) as handle:  # memory-mapped: pages come in as tensors are read
             for name in (name for name in handle.keys() if files.get(name) == file):  # noqa: SIM118  the handle is no dict
                 weight = handle.get_tensor(name)
                 pair = pairs.pop(name, None)

@@ -98,15 +98,15 @@ class _ToProgress(logging.Handler):
         self._progress.line(record.getMessage())
 
 
-def local_model(path: str, progress: Progress) -> Path:
-    """The folder of a model: the one named, or the Hub's cached or fetched copy of the repository of that name."""
+def local_model(path: str, progress: Progress, revision: str | None = None) -> Path:
+    """The folder of a model: the one named, or the Hub's cached or fetched copy of the repository of that name, newest or of a commit."""
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download
 
     progress.line(f"model {path}: no local folder, looking for it on the Hugging Face Hub")
     try:
-        return Path(snapshot_download(path, allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=list(_HUB_FILES)))
     except Exception as error:  # noqa: BLE001 - the Hub's client raises dozens of types for one cause: it does not give the files
         reason = " ".join(str(error).split())
         raise _wrong_model(f"{path} is no local folder, and the Hugging Face Hub does not give it: {reason}") from None

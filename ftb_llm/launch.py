@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from actors.merge import check_adapter, merged_weights
 from actors.ray_actor import GeneratorActor
 from ftb_llm.api.app import create_app
 from ftb_llm.api.server import check_port, serve
@@ -24,6 +25,7 @@ from ftb_llm.controller import Controller
 from ftb_llm.custom import load_custom
 from ftb_llm.datasets import PromptOrder
 from ftb_llm.errors import FixedSetting, SetupError
+from ftb_llm.export import Exported, export_merged
 from ftb_llm.inputs import Inputs, read_inputs
 from ftb_llm.journal import Journal
 from ftb_llm.machine import PeakMemory, core_count, gpu_count, tree_rss_bytes
@@ -220,3 +222,8 @@ def write_outcome(controller: Controller, run_dir: RunDir, facts: dict[str, Any]
 def run_trials(specs: Sequence[TrialSpec], *, jobs: int) -> Iterator[TrialResult]:
     """Trials side by side in processes of their own, each result as it comes."""
     return spread(run_trial, specs, jobs=jobs)
+
+
+def export_whole(run: Path, version: int | None, out: Path | None, *, progress: Progress) -> Exported:
+    """A run's policy as a whole model, merged as its engines merged it."""
+    return export_merged(run, version, out, progress=progress, merge=merged_weights, check=check_adapter)

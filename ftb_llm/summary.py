@@ -29,7 +29,7 @@ def summarise(run_dir: RunDir, config: Config, *, state: str, accounting: dict[s
         "run": run_dir.path.name,
         "state": state,
         "task": config.data.path.removeprefix("builtin:"),
-        "divergence": _trained_with(steps, config.objective, events),
+        "divergence": trained_with(steps, config.objective, events),
         "cores": core_count(),
         "steps": steps[-1]["step"] if steps else 0,
         "exact_tv_start": first.get("eval/exact_tv"),
@@ -102,7 +102,7 @@ def switch_steps(objective: Mapping[str, Any], versions: Iterable[Mapping[str, A
     return scheduled | {version["effective_step"] for version in versions if any(key.startswith("objective.divergence.") for key in version["changed"])}
 
 
-def _trained_with(steps: Sequence[dict[str, Any]], objective: Objective, events: Iterable[dict[str, Any]]) -> str:
+def trained_with(steps: Sequence[dict[str, Any]], objective: Objective, events: Iterable[dict[str, Any]]) -> str:
     """`hellinger`, or `forward_kl, then tv from step 200`; before the first step, what the config says."""
     config_changes = [event for event in events if event["kind"] == "config_change"]
     changes = objective_changes(steps, switch_steps(objective.model_dump(mode="json"), config_changes))

@@ -36,7 +36,7 @@ class AdaptedModel:
         set_seed(config.run.seed)
         base = load_base(config, model_path)
         check_targets(base, config.model.lora)
-        peft_model = get_peft_model(base, lora_config(config.model.lora))
+        peft_model = get_peft_model(base, lora_config(base, config.model.lora))
         peft_model.eval()
         speed_up(peft_model)
         optimizer = torch.optim.AdamW(
@@ -131,15 +131,22 @@ def load_base(config: Config, model_path: Path) -> PreTrainedModel:
         raise ConfigError("model.path", f"{model_path} can't be loaded: {' '.join(str(error).split())}") from None
 
 
-def lora_config(lora: Lora) -> LoraConfig:
+def lora_config(model: PreTrainedModel, lora: Lora) -> LoraConfig:
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
         lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,  # readers of the file expect an integer where it is one
         use_rslora=lora.rslora,
-        target_modules=lora.targets,
+        target_modules=target_modules(model, lora),
         lora_dropout=0.0,
     )
+
+
+def target_modules(model: PreTrainedModel, lora: Lora) -> str | list[str]:
+    """For PEFT, which knows all-linear only as the whole of the targets and would take it for a module's name in a list."""
+    if isinstance(lora.targets, str) or ALL_LINEAR not in lora.targets:
+        return lora.targets
+    return [*linear_names(model), *(target for target in lora.targets if target != ALL_LINEAR)]
 
 
 def check_targets(model: PreTrainedModel, lora: Lora) -> None:
@@ -152,7 +159,7 @@ def check_targets(model: PreTrainedModel, lora: Lora) -> None:
     wanted = f"it should be {ALL_LINEAR}, or a list of names among {', '.join(linear)}"
     if isinstance(lora.targets, str) or not targets:
         raise ConfigError("model.lora.targets", f"{lora.targets!r} is wrong: {wanted}")
-    for target in targets:
+    for target in (target for target in targets if target != ALL_LINEAR):
         matched = [module for name, module in modules.items() if name == target or name.endswith(f".{target}")]
         if not matched:
             raise ConfigError("model.lora.targets", f"{target!r} names no module of the model: {wanted}")

@@ -9,11 +9,12 @@ import sys
 from collections.abc import Sequence
 
 from ftb_llm import __version__
-from ftb_llm.cli import bench, doctor, report, service, train
+from ftb_llm.cli import bench, doctor, export, report, service, train
 from ftb_llm.cli.command import Command, Parser, UsageError, print_error
 from ftb_llm.errors import ConfigError, FixedSetting, FtbError, InvalidConfig, SetupError
 
-COMMANDS: dict[str, Command] = {command.name: command for command in (*train.COMMANDS, *service.COMMANDS, *report.COMMANDS, *bench.COMMANDS, *doctor.COMMANDS)}
+MODULES = (train, service, report, export, bench, doctor)
+COMMANDS: dict[str, Command] = {command.name: command for module in MODULES for command in module.COMMANDS}
 GROUPS = {name.split()[0] for name in COMMANDS if " " in name}
 USERS_MISTAKES = (UsageError, ConfigError, InvalidConfig, FixedSetting, SetupError)
 

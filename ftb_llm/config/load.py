@@ -15,6 +15,20 @@ from pydantic_core import ErrorDetails
 from ftb_llm.config.schema import ALTERNATIVES, Config
 from ftb_llm.errors import ConfigError, InvalidConfig
 
+# Settings that PEFT has under these names, and that no push could merge.
+_VARIANTS = (
+    "dora",
+    "use_dora",
+    "bias",
+    "lora_bias",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_qalora",
+    "layer_replication",
+    "init_lora_weights",
+)
+
 
 def load_config(files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
     """Merge YAML files left to right over the defaults, then the `dotted.key=value` words, and check the result."""
@@ -122,6 +136,12 @@ def explain(details: ErrorDetails) -> ConfigError:
     """One pydantic error as one line that names the key, the value and what would be right."""
     key = ".".join(str(part) for part in details["loc"] if part not in ("str", "list[str]", *ALTERNATIVES))
     if details["type"] == "extra_forbidden":
+        section, _, leaf = key.rpartition(".")
+        if section == "model.lora" and leaf in _VARIANTS:
+            return ConfigError(
+                key,
+                f"{_shown(details['input'])} is not supported; leave it out: only plain LoRA, model.lora.rslora included, merges as base + scale * B A",
+            )
         return ConfigError(key, f"unknown setting{_nearest(key)}")
     if details["type"] == "missing":
         return ConfigError(key, "is required")

@@ -2,6 +2,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -10,6 +11,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from actors.merge import check_adapter, merged_weights
+from ftb_llm.adapter_folder import open_adapter
 from ftb_llm.types import AdapterRef
 from learner import adapters
 from learner.learner import Learner
@@ -25,8 +28,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama.build(tmp_path_factory.mktemp("model"))
 
 
-def trained(path: Path, run_dir: Path, steps: int = 3, *, rslora: bool = False, keep: int = 3) -> Learner:
-    config = tiny_llama.tiny_config(model={"lora": {"rank": 4, "alpha": 8.0, "rslora": rslora}}, checkpoint={"keep": keep})
+def trained(path: Path, run_dir: Path, steps: int = 3, *, keep: int = 3, **lora: Any) -> Learner:
+    config = tiny_llama.tiny_config(model={"lora": {"rank": 4, "alpha": 8.0} | lora}, checkpoint={"keep": keep})
     learner = Learner(config, model_path=path, run_dir=run_dir, prompts=tiny_llama.PROMPTS, task_name=None)
     for step in range(1, steps + 1):
         learner.step(tiny_llama.step_request(step))
@@ -52,15 +55,49 @@ def merged_by_hand(path: Path, reference: AdapterRef, payload: bytes) -> PreTrai
     return model
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_peft_and_a_merge_by_hand_give_the_learners_log_probs(path: Path, tmp_path: Path, rslora: bool) -> None:
-    learner = trained(path, tmp_path, rslora=rslora)
+@pytest.mark.parametrize(
+    ("lora", "scale"),
+    [
+        ({}, 2.0),
+        ({"rslora": True}, 8.0 / math.sqrt(4)),
+        ({"rank": 3, "alpha": 0.7}, 0.7 / 3),
+        ({"targets": ["q_proj", "down_proj"]}, 2.0),
+        ({"targets": ["lm_head"]}, 2.0),
+        ({"targets": ["q_proj", "lm_head"], "rslora": True}, 4.0),
+        ({"targets": ["all-linear", "lm_head"]}, 2.0),
+        ({"targets": ["all-linear"]}, 2.0),
+    ],
+)
+def test_peft_and_every_merge_give_the_learners_log_probs(path: Path, tmp_path: Path, lora: dict[str, Any], scale: float) -> None:
+    learner = trained(path, tmp_path, **lora)
     reference, payload = learner.publish(3)
     own = scores(learner._model.module)
+    file = Path(reference.path) / "adapter_model.safetensors"
     assert (own - scores(base(path))).abs().max().item() > 0.01
     torch.testing.assert_close(scores(PeftModel.from_pretrained(base(path), reference.path).eval()), own, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(scores(merged_by_hand(path, reference, payload)), own, rtol=1e-6, atol=1e-5)
-    assert reference.scale == (8.0 / math.sqrt(4) if rslora else 2.0)
+    check_adapter(path, file)
+    pushed = base(path)
+    pushed.load_state_dict(dict(merged_weights(path, file, reference.scale)))
+    torch.testing.assert_close(scores(pushed), own, rtol=1e-6, atol=1e-5)
+    assert reference.scale == pytest.approx(scale)
+    assert open_adapter(Path(reference.path)).scale == reference.scale
+
+
+def test_an_adapted_head_goes_through_canary_and_checkpoint(path: Path, tmp_path: Path) -> None:
+    learner = trained(path, tmp_path, targets=["all-linear", "lm_head"])
+    adapted, saved = learner.publish(3), learner.save_checkpoint(3)
+    names = set(safetensors.torch.load(adapted[1]))
+    assert {name for name in names if "lm_head" in name} == {f"base_model.model.lm_head.lora_{side}.weight" for side in "AB"}
+    assert len(names) == 2 * (14 + 1)  # seven linear layers in each of two blocks, and the head: no weight of the base is among them
+    canary = adapted[0].canary
+    batch = pack([canary.prompt_ids], [[canary.completion_ids]])
+    with torch.no_grad():
+        assert canary.adapted == pytest.approx(Scorer(merged_by_hand(path, *adapted), longest=128).completion_logprobs(batch).item(), abs=1e-4)
+        assert canary.base == pytest.approx(Scorer(base(path), longest=128).completion_logprobs(batch).item(), abs=1e-4)
+    learner.step(tiny_llama.step_request(4))
+    learner.load_checkpoint(saved)
+    assert learner.publish(3)[1] == adapted[1]
 
 
 def test_the_folder_is_whole_and_says_what_it_is(path: Path, tmp_path: Path) -> None:

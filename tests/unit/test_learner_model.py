@@ -38,9 +38,15 @@ def test_targets_may_be_a_list(path: Path) -> None:
     assert {name.split(".")[-3] for name in adapted(path, targets=["q_proj", "v_proj"]).adapter_state()} == {"q_proj", "v_proj"}
 
 
+def test_a_list_may_hold_all_linear_beside_the_head(path: Path) -> None:
+    names = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in adapted(path, targets=["all-linear", "lm_head"]).adapter_state()}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"}
+
+
 @pytest.mark.parametrize(
     ("targets", "problem"),
     [
+        (["all-linear", "qkv"], "model.lora.targets: 'qkv' names no module"),
         (["q_proj", "qkv"], "model.lora.targets: 'qkv' names no module of the model: it should be all-linear, or a list of names among .*q_proj"),
         (["embed_tokens"], "model.lora.targets: 'embed_tokens' is not a linear layer"),
         ("q_proj", "model.lora.targets: 'q_proj' is wrong"),

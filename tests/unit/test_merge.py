@@ -1,6 +1,7 @@
 """Adapters merged into a base checkpoint: every pair lands, or an error names the one that does not."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,38 @@ def test_adapter_that_does_not_fit_is_refused_by_name(base: Path, tmp_path: Path
     assert named in str(caught.value)
     with pytest.raises(CheckpointError):  # and the merge itself lets none of them pass either
         list(merged_weights(base, file, 1.0))
+
+
+def test_an_adapted_head_is_merged_as_peft_merges_it(base: Path, tmp_path: Path) -> None:
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(base), LoraConfig(r=4, lora_alpha=8, target_modules=["lm_head", "q_proj"], task_type="CAUSAL_LM"))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.constant_(weight, 0.1)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    merged = dict(merged_weights(base, tmp_path / "adapter_model.safetensors", 2.0))
+    reference = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path).merge_and_unload().state_dict()
+    assert not torch.equal(merged["lm_head.weight"], load_file(base / "model.safetensors")["lm_head.weight"])
+    assert set(merged) == set(reference)
+    for name, weight in merged.items():
+        torch.testing.assert_close(weight, reference[name], rtol=1e-6, atol=1e-6)
+
+
+def test_a_variant_that_stores_plain_pairs_is_refused_by_the_settings_beside_it(base: Path, adapter: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapter, tmp_path, dirs_exist_ok=True)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"rank_pattern": {"q_proj": 2}}))
+    with pytest.raises(CheckpointError, match=r'rank_pattern is {"q_proj": 2}; it must be off'):
+        check_adapter(base, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="rank_pattern"):
+        list(merged_weights(base, tmp_path / "adapter_model.safetensors", 2.0))
+
+
+@pytest.mark.parametrize("left", [None, 100])
+def test_a_base_file_that_is_gone_or_torn_is_named(base: Path, adapter: Path, tmp_path: Path, left: int | None) -> None:
+    file = shard(base, tmp_path) / "model-1.safetensors"
+    file.unlink() if left is None else file.write_bytes(file.read_bytes()[:left])
+    with pytest.raises(CheckpointError, match=r"base model file .*model-1\.safetensors can't be read"):
+        list(merged_weights(tmp_path, adapter / "adapter_model.safetensors", 2.0))
 
 
 def test_torn_adapter_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
