@@ -82,7 +82,7 @@ def fake_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "running_ray", running)
     monkeypatch.setattr(launch, "check_resources", lambda cpus, gpus: None)
     monkeypatch.setattr(launch, "start_generator", lambda config, inputs, index: FakeGenerator(f"generator-{index}"))
-    monkeypatch.setattr(launch, "start_learner", lambda config, inputs, run_dir: MortalLearner())
+    monkeypatch.setattr(launch, "start_learner", lambda config, inputs, run_dir, place: MortalLearner())
 
 
 def train(config: Config, resume: Path | None = None) -> int:

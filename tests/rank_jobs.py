@@ -1,0 +1,141 @@
+"""What the processes of `tests/unit/test_ranks.py` do: each is one rank of a gloo group on this machine."""
+
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ftb_llm.objectives import ftb_loss
+from ftb_llm.types import ObjectiveSpec, StepRequest
+from learner.learner import Learner
+from learner.logprobs import token_logprobs
+from learner.model import AdaptedModel
+from learner.ranks import free_address, join
+from learner.step import counted, pack_groups
+from tests import tiny_llama
+
+STEPS, CHANGE_AT = 20, 11
+SHARDINGS = ("replicated", "fsdp2")
+_TIMEOUT_SECONDS = 60.0
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankResult:
+    """All that one rank has to show."""
+
+    gathered: list[str]
+    gradients: list[list[float]]
+    communication_seconds: float
+    adapters: dict[str, State]  # after STEPS steps, by sharding
+    held: dict[str, int]  # base numbers that this rank holds, by sharding
+    answers: dict[str, Any]  # of a learner whose base model is sharded
+
+
+def on_ranks(count: int, path: Path, run_dir: Path) -> list[RankResult]:
+    """Every rank's result, in order."""
+    address = free_address("127.0.0.1")
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(_be_rank, rank, count, address, path, run_dir) for rank in range(count)]
+        return [future.result() for future in futures]
+
+
+def _be_rank(rank: int, count: int, address: str, path: Path, run_dir: Path) -> RankResult:
+    join(rank=rank, count=count, address=address, threads=1)
+    torch.set_num_threads(1)
+    adapters, held = {}, {}
+    for sharding in SHARDINGS:
+        model = AdaptedModel(config_of(count, sharding), path)
+        train(model, change_at=CHANGE_AT)
+        adapters[sharding], held[sharding] = model.adapter_state(), _held(model)
+    model.ranks.take_communication_seconds()
+    gathered = model.ranks.gather(f"rank {model.ranks.rank} of {model.ranks.count}")
+    seconds = model.ranks.take_communication_seconds()
+    result = RankResult(
+        gathered=gathered,
+        gradients=_summed(model, rank),
+        communication_seconds=seconds,
+        adapters=adapters,
+        held=held,
+        answers=learner_answers(count, path, run_dir),
+    )
+    dist.destroy_process_group()
+    return result
+
+
+def config_of(count: int, sharding: str, **sections: Any) -> Any:
+    learner = {"groups_per_step": 4, "groups_per_micro_batch": 1, "ranks": count, "sharding": sharding, "collective_timeout_seconds": _TIMEOUT_SECONDS}
+    return tiny_llama.tiny_config(learner=learner, **sections)
+
+
+def requests(change_at: int) -> list[StepRequest]:
+    """The steps of a run whose divergence, beta and learning rate change at one of them."""
+    changed = {"learning_rate": 5e-4, "objective": ObjectiveSpec(kind="ftb", divergence="hellinger", alpha=None, beta=0.8, tempered=False)}
+    return [
+        tiny_llama.step_request(step, seeds=tuple(range(4 * step, 4 * step + 4)), **({"learning_rate": 1e-3} | (changed if step >= change_at else {})))
+        for step in range(1, STEPS + 1)
+    ]
+
+
+def train(model: AdaptedModel, *, change_at: int, step: Callable[[AdaptedModel, StepRequest], Any] | None = None) -> State:
+    for request in requests(change_at):
+        (step or own_share)(model, request)
+    return model.adapter_state()
+
+
+def own_share(model: AdaptedModel, request: StepRequest) -> None:
+    """A step in its simplest form: the gradients of this rank's groups, summed over the ranks, and one update."""
+    denominator = sum(len(scored.rewards) for scored in request.groups)
+    for scored in request.groups[model.ranks.rank :: model.ranks.count]:
+        batch = pack_groups([scored.group], model)
+        with torch.no_grad(), model.as_reference():
+            logp_ref_GK = token_logprobs(model.module, batch).sum(-1, dtype=torch.float64)
+        logp_GK = token_logprobs(model.module, batch).sum(-1, dtype=torch.float64)
+        reward_GK = torch.tensor([scored.rewards], dtype=torch.float64)
+        mask_GK = counted([scored.group], request.objective)
+        loss, _ = ftb_loss(logp_GK, logp_ref_GK, reward_GK, request.objective, mask_GK, denominator=denominator)
+        model.backward(loss)
+    model.ranks.sum_gradients(model.module.parameters())
+    model.update(step=request.step, learning_rate=request.learning_rate, max_grad_norm=request.max_grad_norm)
+
+
+def learner_answers(count: int, path: Path, run_dir: Path) -> dict[str, Any]:
+    """What a learner says, method by method; above one rank its base model is sharded."""
+    sharding = "fsdp2" if count > 1 else "replicated"
+    learner = Learner(config_of(count, sharding), model_path=path, run_dir=run_dir, prompts=tiny_llama.PROMPTS, task_name="hypergrid")
+    report = learner.step(tiny_llama.step_request(1))
+    adapter, payload = learner.publish(1)
+    folder = learner.save_checkpoint(1)
+    learner.step(tiny_llama.step_request(2))
+    dist.barrier() if count > 1 else None  # rank 0 has written by now
+    return {
+        "step": report,
+        "adapter": adapter,
+        "payload": payload,
+        "save_checkpoint": folder,
+        "loaded": learner.load_checkpoint(str(run_dir / "checkpoints" / "step_000001")),
+        "logprobs": learner.logprobs([scored.group for scored in tiny_llama.step_request(2).groups]),
+        "evaluate": learner.evaluate(1, 0.5),
+    }
+
+
+def _held(model: AdaptedModel) -> int:
+    frozen = [parameter for parameter in model.module.parameters() if not parameter.requires_grad]
+    return sum((parameter.to_local() if hasattr(parameter, "to_local") else parameter).numel() for parameter in frozen)
+
+
+def _summed(model: AdaptedModel, rank: int) -> list[list[float]]:
+    """Rank r brings r + 1 to the first parameter; only rank 0 has a gradient for the second; nobody trains the third."""
+    parameters = [nn.Parameter(torch.zeros(2, 1)), nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(1), requires_grad=False)]
+    parameters[0].grad = torch.full((2, 1), float(rank + 1))
+    if rank == 0:
+        parameters[1].grad = torch.tensor([1.0, 2.0, 3.0])
+    model.ranks.sum_gradients(parameters)
+    return [[] if parameter.grad is None else parameter.grad.flatten().tolist() for parameter in parameters]
