@@ -46,7 +46,7 @@ def check_resources(cpus: float, gpus: float) -> None:
     free = ray.available_resources()
     if free.get("CPU", 0) < cpus or free.get("GPU", 0) < gpus:
         raise SetupError(
-            f"actors.cpus_each, actors.gpus_each, learner.cpus, learner.gpus: the run needs {cpus:g} CPUs and {gpus:g} GPUs, "
+            f"actors.cpus_each, actors.gpus_each, learner.ranks, learner.cpus, learner.gpus: the run needs {cpus:g} CPUs and {gpus:g} GPUs, "
             f"but the cluster has {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs free"
         )
 
