@@ -36,6 +36,7 @@ class RankResult:
     communication_seconds: float
     adapters: dict[str, State]  # after STEPS steps, by sharding
     held: dict[str, int]  # base numbers that this rank holds, by sharding
+    body_difference: float  # of the gradients by way of the decoder's body and the head's weight, under fsdp2
     answers: dict[str, Any]  # of a learner whose base model is sharded
 
 
@@ -66,6 +67,7 @@ def _be_rank(rank: int, count: int, address: str, path: Path, run_dir: Path) -> 
         communication_seconds=seconds,
         adapters=adapters,
         held=held,
+        body_difference=_body_difference(model),
         answers=learner_answers(count, path, run_dir),
     )
     dist.destroy_process_group()
@@ -126,6 +128,24 @@ def learner_answers(count: int, path: Path, run_dir: Path) -> dict[str, Any]:
         "logprobs": learner.logprobs([scored.group for scored in tiny_llama.step_request(2).groups]),
         "evaluate": learner.evaluate(1, 0.5),
     }
+
+
+def _body_difference(model: AdaptedModel) -> float:
+    """Two ways to the logits must give one gradient: through the whole model, and through its body with the head's weight read outside of it."""
+    ids_BT = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    base: Any = model.peft_model.get_base_model()
+    parameters = [parameter for parameter in model.module.parameters() if parameter.requires_grad]
+    gradients = []
+    for logits in (
+        lambda: model.module(input_ids=ids_BT).logits,
+        lambda: base.get_decoder()(input_ids=ids_BT).last_hidden_state @ base.get_output_embeddings().weight.T,
+    ):
+        with torch.no_grad(), model.as_reference():
+            reference = logits()
+        gradients.append(torch.autograd.grad((logits() - reference).square().sum(), parameters, allow_unused=True))
+    pairs = [(one, other) for one, other in zip(*gradients, strict=True) if one is not None]
+    assert len(pairs) == len(parameters)
+    return max(float((one - other).abs().max()) for one, other in pairs)
 
 
 def _held(model: AdaptedModel) -> int:

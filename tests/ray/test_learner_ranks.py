@@ -13,12 +13,12 @@ import pytest
 import ray
 
 from ftb_llm.config import Config
-from ftb_llm.errors import ProcessDied, SetupError
+from ftb_llm.errors import ProcessDied, RemoteError, SetupError
 from ftb_llm.remote import RemoteLearner, reserved
 from learner.ray_actor import LearnerActor
 from tests import tiny_llama
 
-RANKS = {"groups_per_step": 4, "groups_per_micro_batch": 1, "ranks": 2, "cpus": 0.5, "sharding": "fsdp2"}
+RANKS = {"groups_per_step": 4, "groups_per_micro_batch": 1, "ranks": 2, "cpus": 0.5, "sharding": "fsdp2", "collective_timeout_seconds": 10.0}
 WITHIN_SECONDS = 20.0
 
 
@@ -83,6 +83,24 @@ def test_a_rank_that_dies_ends_the_group_at_once(actors: list[Any], tmp_path: Pa
 
     assert all(gone(pid) for pid in asyncio.run(drive()))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]  # what a resumed run goes on from
+
+
+def test_a_rank_that_hangs_ends_the_group_after_the_timeout(actors: list[Any]) -> None:
+    async def drive() -> None:
+        learner = RemoteLearner(actors)
+        await learner.start()
+        stuck = ray.get(actors[1].info.remote())["pid"]
+        os.kill(stuck, signal.SIGSTOP)
+        try:
+            with pytest.raises(RemoteError, match=r"^learner rank 0 of 2: RuntimeError: .*[Tt]imed out") as caught:
+                await learner.step(tiny_llama.step_request(1))
+        finally:
+            os.kill(stuck, signal.SIGKILL)
+        assert "\n" not in str(caught.value)
+
+    began = time.monotonic()
+    asyncio.run(drive())
+    assert time.monotonic() - began < 3 * WITHIN_SECONDS
 
 
 def test_a_place_is_taken_and_given_back() -> None:

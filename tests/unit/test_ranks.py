@@ -78,6 +78,11 @@ def test_a_rank_holds_its_part_of_the_decoder_layers(ranks: list[RankResult], pa
     assert all(result.held["fsdp2"] == sum(numbers.values()) - layers + layers // len(ranks) for result in ranks)
 
 
+def test_a_sharded_body_may_be_called_without_its_head(ranks: list[RankResult]) -> None:
+    for result in ranks:
+        assert result.body_difference < 1e-4
+
+
 def test_rank_0_writes_and_answers(ranks: list[RankResult], path: Path, tmp_path: Path) -> None:
     first, *others = (result.answers for result in ranks)
     expected = rank_jobs.learner_answers(1, path, tmp_path)
