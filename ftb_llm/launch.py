@@ -13,6 +13,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
 from actors.merge import check_adapter, merged_weights
 from actors.ray_actor import GeneratorActor
 from ftb_llm.api.app import create_app
@@ -30,7 +33,7 @@ from ftb_llm.inputs import Inputs, read_inputs
 from ftb_llm.journal import Journal
 from ftb_llm.machine import PeakMemory, core_count, gpu_count, tree_rss_bytes
 from ftb_llm.ports import Progress
-from ftb_llm.remote import RemoteGenerator, RemoteLearner, check_resources, running_ray
+from ftb_llm.remote import RemoteGenerator, RemoteLearner, check_resources, reserved, running_ray
 from ftb_llm.report import write_report
 from ftb_llm.rewards import RewardSet, RewardWorkers
 from ftb_llm.run_dir import RunDir
@@ -52,29 +55,32 @@ def train(config: Config, *, resume: Path | None, progress: Progress) -> int:
     inputs = read_inputs(config, progress)
     check_model(config, inputs.model_path)
 
-    def drive(run_dir: RunDir) -> int:
+    def drive(run_dir: RunDir, place: PlacementGroup | None) -> int:
         try:
-            return asyncio.run(_run(config, inputs, run_dir, token, progress, began))
+            return asyncio.run(_run(config, inputs, run_dir, place, token, progress, began))
         except asyncio.CancelledError:
             raise KeyboardInterrupt from None  # a second Ctrl-C
 
     if resume:
         with RunDir.open(resume).locked() as run_dir:
             check_resumed_config(run_dir, config)
-            with ray_for(config):
-                return drive(run_dir)
+            with ray_for(config) as place:
+                return drive(run_dir, place)
     path = Path(config.run.dir) / (config.run.name or default_name(config))
     RunDir.check_free(path)
-    with ray_for(config), RunDir.create(path).locked() as run_dir:
-        return drive(run_dir)
+    with ray_for(config) as place, RunDir.create(path).locked() as run_dir:
+        return drive(run_dir, place)
 
 
 @contextmanager
-def ray_for(config: Config) -> Iterator[None]:
-    """A Ray with room for the run's actors."""
+def ray_for(config: Config) -> Iterator[PlacementGroup | None]:
+    """A Ray with room for the run's actors; yields the place that is kept for the learner's ranks."""
+    learner = config.learner
+    bundle = {name: amount for name, amount in (("CPU", learner.cpus), ("GPU", learner.gpus)) if amount}
     with running_ray():
         check_resources(*wanted_resources(config))
-        yield
+        with reserved(bundle, count=learner.ranks, strategy=learner.placement) as place:
+            yield place
 
 
 def check_setup(config: Config) -> str | None:
@@ -98,15 +104,17 @@ def check_setup(config: Config) -> str | None:
 def check_machine(config: Config) -> None:
     """This machine must hold all actors; a cluster is asked when its Ray is there."""
     (cpus, gpus), learner, actors = wanted_resources(config), config.learner, config.actors
+    ranks = "" if learner.ranks == 1 else f"learner.ranks {learner.ranks} x "
+    fewer = "" if learner.ranks == 1 else ", learner.ranks"
     if cpus > core_count():
         raise SetupError(
-            f"actors.cpus_each: {actors.count} x {actors.cpus_each:g} plus learner.cpus {learner.cpus:g} "
-            f"are {cpus:g} cores, but this machine has {core_count()}; lower actors.count, actors.cpus_each or learner.cpus"
+            f"actors.cpus_each: {actors.count} x {actors.cpus_each:g} plus {ranks}learner.cpus {learner.cpus:g} "
+            f"are {cpus:g} cores, but this machine has {core_count()}; lower actors.count, actors.cpus_each{fewer} or learner.cpus"
         )
     if gpus > gpu_count():
         raise SetupError(
-            f"actors.gpus_each: {actors.count} x {actors.gpus_each:g} plus learner.gpus {learner.gpus:g} "
-            f"are {gpus:g} GPUs, but this machine has {gpu_count()} that torch can use; lower actors.count, actors.gpus_each or learner.gpus"
+            f"actors.gpus_each: {actors.count} x {actors.gpus_each:g} plus {ranks}learner.gpus {learner.gpus:g} "
+            f"are {gpus:g} GPUs, but this machine has {gpu_count()} that torch can use; lower actors.count, actors.gpus_each{fewer} or learner.gpus"
         )
 
 
@@ -122,7 +130,7 @@ def check_resumed_config(run_dir: RunDir, config: Config) -> None:
 def wanted_resources(config: Config) -> tuple[float, float]:
     """CPUs and GPUs of all actors together."""
     actors, learner = config.actors, config.learner
-    return actors.count * actors.cpus_each + learner.cpus, actors.count * actors.gpus_each + learner.gpus
+    return actors.count * actors.cpus_each + learner.ranks * learner.cpus, actors.count * actors.gpus_each + learner.ranks * learner.gpus
 
 
 def default_name(config: Config) -> str:
@@ -130,7 +138,7 @@ def default_name(config: Config) -> str:
     return f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-async def _run(config: Config, inputs: Inputs, run_dir: RunDir, token: str | None, progress: Progress, began: float) -> int:
+async def _run(config: Config, inputs: Inputs, run_dir: RunDir, place: PlacementGroup | None, token: str | None, progress: Progress, began: float) -> int:
     """Compose the run, run it, and write its summary and report whatever its end."""
     checkpoint = run_dir.newest_checkpoint()
     if checkpoint is None:
@@ -139,7 +147,7 @@ async def _run(config: Config, inputs: Inputs, run_dir: RunDir, token: str | Non
     async with AsyncExitStack() as stack:
         journal = stack.enter_context(closing(Journal(run_dir.path / JOURNAL)))
         generators = [start_generator(config, inputs, index) for index in range(config.actors.count)]
-        learner = start_learner(config, inputs, run_dir)
+        learner = start_learner(config, inputs, run_dir, place)
         stack.push_async_callback(learner.stop)
         for generator in generators:
             stack.push_async_callback(generator.stop)
@@ -174,9 +182,18 @@ def start_generator(config: Config, inputs: Inputs, index: int) -> RemoteGenerat
     return RemoteGenerator(name, actor.remote(config, name=name, model_path=inputs.model_path))
 
 
-def start_learner(config: Config, inputs: Inputs, run_dir: RunDir) -> RemoteLearner:
-    actor = LearnerActor.options(num_cpus=config.learner.cpus, num_gpus=config.learner.gpus)  # type: ignore[attr-defined]
-    return RemoteLearner(actor.remote(config, model_path=inputs.model_path, run_dir=run_dir.path.resolve(), prompts=inputs.prompts, task_name=inputs.task))
+def start_learner(config: Config, inputs: Inputs, run_dir: RunDir, place: PlacementGroup | None) -> RemoteLearner:
+    """One actor per rank, each in its own bundle of the reserved place."""
+
+    def start(rank: int) -> Any:
+        actor = LearnerActor.options(  # type: ignore[attr-defined]
+            num_cpus=config.learner.cpus,
+            num_gpus=config.learner.gpus,
+            scheduling_strategy=None if place is None else PlacementGroupSchedulingStrategy(placement_group=place, placement_group_bundle_index=rank),
+        )
+        return actor.remote(config, model_path=inputs.model_path, run_dir=run_dir.path.resolve(), prompts=inputs.prompts, task_name=inputs.task)
+
+    return RemoteLearner([start(rank) for rank in range(config.learner.ranks)])
 
 
 def ctrl_c_stops(controller: Controller) -> asyncio.Event:

@@ -2,12 +2,14 @@
 
 import asyncio
 import os
-from collections.abc import Awaitable, Iterator
+import time
+from collections.abc import Awaitable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from ftb_llm.errors import FtbError, ProcessDied, RemoteError, SetupError
 from ftb_llm.machine import core_count
@@ -15,6 +17,8 @@ from ftb_llm.types import AdapterRef, EvalReport, Group, GroupRequest, PushRepor
 
 _START_TIMEOUT_SECONDS = 600.0  # real checkpoints are large; an actor that can't be placed must still not hang for ever
 _STOP_TIMEOUT_SECONDS = 20.0
+_GRACE_SECONDS = 3.0  # Ray knows of a death sooner
+_PLACEMENT_SECONDS = 30.0  # what is wanted is known to be free
 
 
 @contextmanager
@@ -42,9 +46,25 @@ def check_resources(cpus: float, gpus: float) -> None:
     free = ray.available_resources()
     if free.get("CPU", 0) < cpus or free.get("GPU", 0) < gpus:
         raise SetupError(
-            f"actors.cpus_each, actors.gpus_each, learner.cpus, learner.gpus: the run needs {cpus:g} CPUs and {gpus:g} GPUs, "
+            f"actors.cpus_each, actors.gpus_each, learner.ranks, learner.cpus, learner.gpus: the run needs {cpus:g} CPUs and {gpus:g} GPUs, "
             f"but the cluster has {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs free"
         )
+
+
+@contextmanager
+def reserved(bundle: Mapping[str, float], *, count: int, strategy: str) -> Iterator[PlacementGroup | None]:
+    """A place for each of the learner's ranks, taken together or not at all; one rank needs no such thing."""
+    if count == 1:
+        yield None
+        return
+    group = placement_group([dict(bundle) for _ in range(count)], strategy=strategy.upper())
+    try:
+        if not group.wait(_PLACEMENT_SECONDS):
+            each = " and ".join(f"{amount:g} {name}" for name, amount in bundle.items())
+            raise SetupError(f"learner.placement: {strategy} finds no place for learner.ranks {count} with {each} each on this cluster's nodes; try pack")
+        yield group
+    finally:
+        remove_placement_group(group)
 
 
 async def _call(reply: Awaitable[Any]) -> Any:
@@ -111,42 +131,109 @@ class RemoteGenerator:
 
 
 class RemoteLearner:
-    """The learner actor. See `ftb_llm.ports.LearnerPort`."""
+    """The learner's ranks, one actor each, as one. See `ftb_llm.ports.LearnerPort`.
 
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
+    Every call goes to every rank, since they compute together, and rank 0's answer counts. When one fails, the others may
+    wait for it in the middle of a sum: nobody waits for them, they are killed.
+    """
+
+    def __init__(self, actors: Sequence[Any]) -> None:
+        self._actors = list(actors)
 
     async def start(self) -> dict[str, Any]:
-        return await _started(self._actor.info.remote(), "learner")
+        facts: dict[str, Any] = await _started(self._meet(), "learner")
+        return facts
 
     async def step(self, request: StepRequest) -> StepReport:
-        report: StepReport = await _call(self._actor.step.remote(request))
+        report: StepReport = await self._answer("step", ray.put(request))
         return report
 
     async def publish(self, version: int) -> tuple[AdapterRef, Any]:
         """The payload stays in the object store: generators fetch it from there, never through this process."""
-        adapter, payload = self._actor.publish.options(num_returns=2).remote(version)
-        return await _call(adapter), payload
+        replies = [actor.publish.options(num_returns=2).remote(version) for actor in self._actors]
+        adapters = await self._together([adapter for adapter, _ in replies])
+        return adapters[0], replies[0][1]
 
     async def evaluate(self, step: int, beta: float) -> EvalReport | None:
-        report: EvalReport | None = await _call(self._actor.evaluate.remote(step, beta))
+        report: EvalReport | None = await self._answer("evaluate", step, beta)
         return report
 
     async def logprobs(self, groups: list[Group]) -> list[list[float]]:
-        values: list[list[float]] = await _call(self._actor.logprobs.remote(groups))
+        values: list[list[float]] = await self._answer("logprobs", ray.put(groups))
         return values
 
     async def save_checkpoint(self, step: int) -> str:
-        path: str = await _call(self._actor.save_checkpoint.remote(step))
+        path: str = await self._answer("save_checkpoint", step)
         return path
 
     async def load_checkpoint(self, path: str) -> int:
-        step: int = await _call(self._actor.load_checkpoint.remote(path))
+        step: int = await self._answer("load_checkpoint", path)
         return step
 
     async def info(self) -> dict[str, Any]:
-        facts: dict[str, Any] = await _call(self._actor.info.remote())
-        return facts
+        """Rank 0's facts, with the memory of all."""
+        facts = await self._all("info")
+        return facts[0] | {"rss_bytes": sum(fact["rss_bytes"] for fact in facts)}
 
     async def stop(self) -> None:
-        ray.kill(self._actor)
+        for actor in self._actors:
+            ray.kill(actor)
+
+    async def _meet(self) -> dict[str, Any]:
+        """Several ranks meet where rank 0 says; each then loads, which is the first thing that they do together."""
+        if len(self._actors) > 1:
+            address = await _call(self._actors[0].rendezvous.remote())
+            await self._together([actor.join.remote(rank, address) for rank, actor in enumerate(self._actors)])
+        return await self.info()
+
+    async def _answer(self, method: str, *arguments: Any) -> Any:
+        return (await self._all(method, *arguments))[0]
+
+    async def _all(self, method: str, *arguments: Any) -> list[Any]:
+        return await self._together([getattr(actor, method).remote(*arguments) for actor in self._actors])
+
+    async def _together(self, replies: Sequence[Awaitable[Any]]) -> list[Any]:
+        if len(replies) == 1:
+            return [await _call(replies[0])]
+        try:
+            return await all_ranks([_call(reply) for reply in replies], grace_seconds=_GRACE_SECONDS)
+        except Exception:
+            await self.stop()
+            raise
+
+
+async def all_ranks(calls: Sequence[Coroutine[Any, Any, Any]], *, grace_seconds: float) -> list[Any]:
+    """Every rank's answer, or at once what is wrong with one of them.
+
+    When a rank dies, the others' sums may break before the death is known. What they say is then only a consequence, so a
+    breakdown is given a moment to be explained by a death, or by an error raised on purpose.
+    """
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    deadline: float | None = None
+    try:
+        while True:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            waiting = [task for task in tasks if not task.done()]
+            if waiting:
+                await asyncio.wait(waiting, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            failed = {rank: error for rank, task in enumerate(tasks) if task.done() and (error := task.exception()) is not None}
+            over = left == 0 or all(task.done() for task in tasks)
+            if not failed and over:
+                return [task.result() for task in tasks]
+            explained = [rank for rank, error in failed.items() if not isinstance(error, RemoteError)]
+            if explained or (failed and over):
+                raise _of_rank((explained or list(failed))[0], len(tasks), failed)
+            if failed and deadline is None:
+                deadline = time.monotonic() + grace_seconds
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _of_rank(rank: int, count: int, failed: Mapping[int, BaseException]) -> BaseException:
+    """The rank's error with its name on it; one that was raised on purpose says the same on every rank and stays as it is."""
+    error = failed[rank]
+    if isinstance(error, ProcessDied):
+        return ProcessDied(f"learner rank {rank} of {count} died: {error}")
+    return RemoteError(f"learner rank {rank} of {count}: {error}") if isinstance(error, RemoteError) else error

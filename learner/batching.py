@@ -46,6 +46,20 @@ def _shape(group: Group) -> tuple[int, int]:
     return len(group.prompt.token_ids), max(len(completion.token_ids) for completion in group.completions)
 
 
+def rounds(groups: Sequence[Group], *, budget: int, ranks: int) -> list[list[list[int]]]:
+    """The plan by turns: for each, what every rank computes, which for some is nothing at the end."""
+    shares = plan(groups, budget=budget, ranks=ranks)
+    return [[share[turn] if turn < len(share) else [] for share in shares] for turn in range(max(map(len, shares)))]
+
+
+def parts_of(groups: Sequence[Group], *, budget: int) -> list[range]:
+    """The completions of a micro-batch in parts: all at once, unless it is a single group that is larger than the budget."""
+    everything = [range(len(groups[0].completions))]
+    if sum(map(token_cost, groups)) <= budget:
+        return everything
+    return slices(groups[0], budget=budget) if len(groups) == 1 else everything
+
+
 def slices(group: Group, *, budget: int) -> list[range]:
     """Completions of a group that is larger than the budget, in runs that keep within it where one completion does."""
     parts: list[range] = []

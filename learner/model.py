@@ -1,18 +1,19 @@
 """The reference model with its LoRA adapter and its optimizer: the one object that holds trainable state.
 
-It goes through accelerate, which places it on its device and, with several processes, would wrap it for them.
+accelerate knows the device and, with `learner.ranks` above 1, the other processes. The model itself stays unwrapped: `ranks` adds up the gradients.
 """
 
 import json
 import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -24,6 +25,8 @@ from ftb_llm.errors import CheckpointError, ConfigError, FtbError
 from learner.log_z import LogZTable
 from learner.logprobs import Scorer
 from learner.lora import speed_up
+from learner.ranks import Ranks
+from learner.sharding import decoder_layers, shard
 
 ALL_LINEAR = "all-linear"
 _WEIGHTS = "model.safetensors"
@@ -33,28 +36,30 @@ class AdaptedModel:
     """Base model, adapter, AdamW and the learned log Z. Always in eval mode: no dropout, so that learner and engine score alike."""
 
     def __init__(self, config: Config, model_path: Path) -> None:
-        set_seed(config.run.seed)
+        timeout = timedelta(seconds=config.learner.collective_timeout_seconds)
+        self.accelerator = Accelerator(cpu=config.learner.gpus == 0, kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)])
+        self.ranks = Ranks(self.accelerator)
+        set_seed(config.run.seed)  # the same on every rank, and so the same adapter
         base = load_base(config, model_path)
         check_targets(base, config.model.lora)
-        peft_model = get_peft_model(base, lora_config(base, config.model.lora))
-        peft_model.eval()
-        speed_up(peft_model)
+        self.peft_model: PeftModel = get_peft_model(base, lora_config(base, config.model.lora))
+        self.peft_model.eval()
+        speed_up(self.peft_model)
+        self.sharded = config.learner.sharding == "fsdp2" and self.ranks.count > 1
+        if self.sharded:
+            shard(self.peft_model, count=self.ranks.count, device_type=self.device.type)
+        self.module: nn.Module = self.peft_model.to(self.device)
         optimizer = torch.optim.AdamW(
-            [parameter for parameter in peft_model.parameters() if parameter.requires_grad],
+            [parameter for parameter in self.module.parameters() if parameter.requires_grad],
             lr=config.learner.learning_rate,
             betas=(config.learner.adam_beta1, config.learner.adam_beta2),
             weight_decay=config.learner.weight_decay,
             fused=True,
         )
         self.log_z = LogZTable()
-        self.accelerator = Accelerator(cpu=config.learner.gpus == 0)
-        self.module, self.optimizer = self.accelerator.prepare(peft_model, optimizer)
+        self.optimizer = self.accelerator.prepare(optimizer)
         learner = config.learner
         self.scorer = Scorer(base, longest=config.actors.max_model_len, float32_head=learner.float32_head, recompute=learner.recompute_activations)
-
-    @property
-    def peft_model(self) -> PeftModel:
-        return self.accelerator.unwrap_model(self.module)
 
     @property
     def device(self) -> torch.device:
@@ -110,6 +115,8 @@ def check_model(config: Config, model_path: Path) -> None:
     except (OSError, ValueError) as error:
         raise ConfigError("model.path", f"{config.model.path} can't be loaded: {' '.join(str(error).split())}") from None
     check_targets(model, config.model.lora)
+    if config.learner.sharding == "fsdp2":
+        decoder_layers(model)
 
 
 def weight_files(model_path: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""The learner as a Ray actor: the plain class, nothing added."""
+"""One rank of the learner as a Ray actor: the plain class, and how it finds the other ranks."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,8 @@ import ray
 
 from ftb_llm.config import Config
 from ftb_llm.types import AdapterRef, EvalReport, Group, Prompt, StepReport, StepRequest
-from learner.learner import Learner
+from learner.learner import Learner, thread_count
+from learner.ranks import free_address, join
 
 
 @ray.remote
@@ -27,20 +28,28 @@ class LearnerActor:
             self._loaded = Learner(self._config, **self._inputs)
         return self._loaded
 
-    def step(self, request: StepRequest) -> StepReport:
+    def rendezvous(self) -> str:
+        """Asked of rank 0: where the others will find it."""
+        return free_address(ray.util.get_node_ip_address())
+
+    def join(self, rank: int, address: str) -> None:
+        """Be that rank of the group that meets at `address`; called before anything else, where there are several."""
+        join(rank=rank, count=self._config.learner.ranks, address=address, threads=thread_count(self._config))
+
+    def step(self, request: StepRequest) -> StepReport | None:
         return self._learner.step(request)
 
-    def publish(self, version: int) -> tuple[AdapterRef, bytes]:
+    def publish(self, version: int) -> tuple[AdapterRef, bytes] | tuple[None, None]:
         """Call it with `num_returns=2`: the bytes then stay in the object store."""
         return self._learner.publish(version)
 
     def evaluate(self, step: int, beta: float) -> EvalReport | None:
         return self._learner.evaluate(step, beta)
 
-    def logprobs(self, groups: Sequence[Group]) -> list[list[float]]:
+    def logprobs(self, groups: Sequence[Group]) -> list[list[float]] | None:
         return self._learner.logprobs(groups)
 
-    def save_checkpoint(self, step: int) -> str:
+    def save_checkpoint(self, step: int) -> str | None:
         return self._learner.save_checkpoint(step)
 
     def load_checkpoint(self, path: str) -> int:

@@ -4,7 +4,7 @@ Shapes: `G` groups of the step, `K` completions per group.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -17,7 +17,7 @@ from ftb_llm.errors import FtbError
 from ftb_llm.objectives import argument, delta, ftb_loss, masked, member
 from ftb_llm.shadow import shadow_metrics
 from ftb_llm.types import FinishReason, Group, ObjectiveSpec, StepReport, StepRequest
-from learner.batching import plan, slices, token_cost
+from learner.batching import parts_of, plan, rounds, token_cost
 from learner.model import AdaptedModel
 from learner.packing import Batch, pack
 
@@ -26,19 +26,17 @@ def take_step(model: AdaptedModel, request: StepRequest, *, micro_batch_tokens: 
     """Reference pass, policy pass, loss and gradient per micro-batch; then one update."""
     spec = request.objective
     groups = [scored.group for scored in request.groups]
-    reward_GK = torch.tensor([scored.rewards for scored in request.groups], dtype=torch.float64, device=model.device)
-    mask_GK = counted(groups, spec).to(model.device)
-    denominator = max(1, int(mask_GK.sum()))
+    reward_GK = torch.tensor([scored.rewards for scored in request.groups], dtype=torch.float64)
+    mask_GK = counted(groups, spec)
     model.log_z.use(spec.beta, spec.tempered)
-    parts: list[_Part] = []
-    for places in plan(groups, budget=micro_batch_tokens)[0]:
-        objective = partial(_objective, model, [groups[place] for place in places], reward_GK[places], mask_GK[places], spec, denominator)
-        parts.append(_backward(model, [groups[place] for place in places], objective, places=places, budget=micro_batch_tokens))
+    own = [part for part in _turns(model, groups, reward_GK, mask_GK, spec, budget=micro_batch_tokens) if part is not None]
+    parts = [part for share in model.ranks.gather(own) for part in share]
     logp_GK, logp_ref_GK = (_in_order([getattr(part, name) for part in parts], parts) for name in ("logp_GK", "logp_ref_GK"))
     delta_GK = delta(logp_GK, logp_ref_GK, reward_GK, spec.beta)
     if not bool(delta_GK.isfinite().all()):
         model.optimizer.zero_grad()
         raise FtbError(f"step {request.step}: a completion's log-prob or reward is not finite; the weights are those of step {request.step - 1}")
+    model.ranks.sum_gradients(model.module.parameters())
     grad_norm = model.update(step=request.step, learning_rate=request.learning_rate, max_grad_norm=request.max_grad_norm)
     metrics = _summed([part.metrics for part in parts])
     if spec.log_z == "learned":
@@ -65,12 +63,9 @@ def take_step(model: AdaptedModel, request: StepRequest, *, micro_batch_tokens: 
     )
 
 
-Objective = Callable[[Batch, Tensor, Tensor], tuple[Tensor, dict[str, float], Tensor]]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
-    """What one micro-batch leaves behind, besides its gradient."""
+    """What one micro-batch leaves behind, besides its gradient; on the CPU, for all ranks to know."""
 
     places: list[int]  # of its groups in the step
     logp_GK: Tensor
@@ -79,32 +74,66 @@ class _Part:
     metrics: dict[str, float]
 
 
-def _backward(model: AdaptedModel, groups: Sequence[Group], objective: Objective, *, places: list[int], budget: int) -> _Part:
+Objective = Callable[[Batch, Tensor, Tensor], tuple[Tensor, dict[str, float], Tensor]]
+
+
+def _turns(model: AdaptedModel, groups: Sequence[Group], reward_GK: Tensor, mask_GK: Tensor, spec: ObjectiveSpec, *, budget: int) -> Iterator[_Part | None]:
+    """This rank's share of the step, micro-batch by micro-batch.
+
+    Where the base model is sharded, every pass of one rank needs all the others: they take as many, with some group and a
+    gradient of zero where they have nothing left to compute.
+    """
+    denominator = max(1, int(mask_GK.sum()))
+    for shares in rounds(groups, budget=budget, ranks=model.ranks.count):
+        places = shares[model.ranks.rank]
+        passes = max(len(parts_of([groups[place] for place in share], budget=budget)) for share in shares if share) if model.sharded else None
+        if places:
+            mine = [groups[place] for place in places]
+            rewards, mask = reward_GK[places].to(model.device), mask_GK[places].to(model.device)
+            yield _backward(model, mine, partial(_objective, model, mine, rewards, mask, spec, denominator), places=places, budget=budget, passes=passes)
+        elif model.sharded:
+            _backward(model, [min(groups, key=token_cost)], _nothing, places=[], budget=budget, passes=passes)
+
+
+def _backward(model: AdaptedModel, groups: Sequence[Group], objective: Objective, *, places: list[int], budget: int, passes: int | None) -> _Part:
     """The gradient of one micro-batch, added to what is there.
 
     The objective needs whole groups, but of the model only log-probs: its gradient with respect to those is all that the
-    backward pass is told. So a group that is larger than the budget is scored in parts, and its gradient taken in parts.
+    backward pass is told. So a group that is larger than the budget is scored in parts, and its gradient taken in parts:
+    in `passes` of them, where that is given, the last one again and again for nothing.
     """
     batch = pack_groups(groups, model)
-    parts = [range(batch.group_size)] if sum(map(token_cost, groups)) <= budget else slices(groups[0], budget=budget)
-    assert len(parts) == 1 or len(groups) == 1, "only a single group may be larger than the budget"
+    parts = parts_of(groups, budget=budget)
+    idle = [parts[-1]] * ((passes or 0) - len(parts))
+    at_once = len(parts) + len(idle) == 1
+
+    def scores() -> Tensor:
+        return torch.cat([_part_logprobs(model, groups, batch, part) for part in [*parts, *idle]][: len(parts)], 1)
+
     with torch.no_grad(), model.as_reference():
-        logp_ref_GKT = torch.cat([_part_logprobs(model, groups, batch, part) for part in parts], 1)
-    with torch.set_grad_enabled(len(parts) == 1):
-        logp_GKT = torch.cat([_part_logprobs(model, groups, batch, part) for part in parts], 1)
+        logp_ref_GKT = scores()
+    with torch.set_grad_enabled(at_once):
+        logp_GKT = scores()
     slope_GKT, metrics, log_z_G = objective(batch, logp_GKT.detach(), logp_ref_GKT)
-    if len(parts) == 1:
+    if at_once:
         logp_GKT.backward(slope_GKT)
     else:
         for part in parts:
             _part_logprobs(model, groups, batch, part).backward(slope_GKT[:, part.start : part.stop])
+        for part in idle:
+            (0.0 * _part_logprobs(model, groups, batch, part)).sum().backward()
     return _Part(
         places=places,
-        logp_GK=logp_GKT.detach().sum(-1, dtype=torch.float64),
-        logp_ref_GK=logp_ref_GKT.sum(-1, dtype=torch.float64),
-        log_z_G=log_z_G,
+        logp_GK=logp_GKT.detach().sum(-1, dtype=torch.float64).cpu(),
+        logp_ref_GK=logp_ref_GKT.sum(-1, dtype=torch.float64).cpu(),
+        log_z_G=log_z_G.cpu(),
         metrics=metrics,
     )
+
+
+def _nothing(batch: Batch, logp_GKT: Tensor, logp_ref_GKT: Tensor) -> tuple[Tensor, dict[str, float], Tensor]:
+    """The objective of a rank that computes for the others' sake."""
+    return torch.zeros_like(logp_GKT), {}, torch.empty(0)
 
 
 def _part_logprobs(model: AdaptedModel, groups: Sequence[Group], batch: Batch, part: range) -> Tensor:

@@ -254,8 +254,18 @@ class Buffer(Section):
 class Learner(Section):
     """The optimizer's side."""
 
-    cpus: float = Fixed(1.0, "CPU cores that the learner reserves.", ge=0)
-    gpus: float = Fixed(0.0, "GPUs that the learner reserves.", ge=0)
+    ranks: int = Fixed(1, "Learner processes, which share each step's groups among them.", ge=1)
+    cpus: float = Fixed(1.0, "CPU cores that each rank reserves.", ge=0)
+    gpus: float = Fixed(0.0, "GPUs that each rank reserves; with several ranks 0 or 1.", ge=0)
+    sharding: Literal["replicated", "fsdp2"] = Fixed(
+        "replicated",
+        "What each rank holds of the base model. replicated: all of it. fsdp2: a part of each decoder layer's frozen weights, gathered when the layer runs, "
+        "for models that don't fit one GPU; embeddings, head and adapter stay whole.",
+    )
+    placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = Fixed(
+        "pack", "Where several ranks go. pack: close together; spread: apart; strict_pack: onto one node; strict_spread: each onto a node of its own."
+    )
+    collective_timeout_seconds: float = Fixed(600.0, "A rank that waits longer for the others ends the run.", gt=0)
     groups_per_step: int = Fixed(8, "Groups per optimizer step.", ge=1)
     micro_batch_tokens: int = Fixed(
         16384,
@@ -326,7 +336,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> "Config":
-        problems = [*_objective_problems(self.objective, self.sampling)]
+        problems = [*_objective_problems(self.objective, self.sampling), *_rank_problems(self.learner)]
         if self.buffer.capacity_groups < self.learner.groups_per_step:
             problems.append(
                 f"buffer.capacity_groups {self.buffer.capacity_groups} can never fill a step of "
@@ -365,3 +375,17 @@ def _objective_problems(objective: Objective, sampling: Sampling) -> Iterator[st
     for key, value in (("temperature", sampling.temperature), ("top_p", sampling.top_p)):
         if value != 1:
             yield f"sampling.{key} {value:g} does not go with objective.kind {objective.kind}, which needs the policy's own samples; it must be 1"
+
+
+def _rank_problems(learner: Learner) -> Iterator[str]:
+    if learner.ranks > learner.groups_per_step:
+        yield (
+            f"learner.ranks {learner.ranks} leaves ranks without a group of learner.groups_per_step {learner.groups_per_step}; "
+            "it must be at most that, since a group is never split"
+        )
+    if learner.ranks == 1 and learner.sharding == "fsdp2":
+        yield "learner.sharding fsdp2 has nothing to share with learner.ranks 1; it must be replicated, or learner.ranks at least 2"
+    if learner.ranks > 1 and learner.gpus not in (0, 1):
+        yield f"learner.gpus {learner.gpus:g} is for each of learner.ranks {learner.ranks}, and a rank uses one GPU of its own; it must be 1, or 0 without GPUs"
+    if learner.ranks > 1 and learner.cpus == learner.gpus == 0:
+        yield f"learner.cpus 0 and learner.gpus 0 reserve no place for learner.ranks {learner.ranks}; one of them must be above 0"

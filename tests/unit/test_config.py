@@ -329,3 +329,24 @@ def test_every_shipped_config_loads() -> None:
     assert {"base.yaml", "quickstart.yaml", "sums.yaml"} <= {file.name for file in files}
     for file in files:
         load_config([file])
+
+
+@pytest.mark.parametrize(
+    ("learner", "message"),
+    [
+        ({"ranks": 9}, "learner.ranks 9 leaves ranks without a group of learner.groups_per_step 8; it must be at most that, since a group is never split"),
+        ({"sharding": "fsdp2"}, "learner.sharding fsdp2 has nothing to share with learner.ranks 1; it must be replicated, or learner.ranks at least 2"),
+        (
+            {"ranks": 2, "gpus": 0.5},
+            "learner.gpus 0.5 is for each of learner.ranks 2, and a rank uses one GPU of its own; it must be 1, or 0 without GPUs",
+        ),
+        ({"ranks": 2, "cpus": 0}, "learner.cpus 0 and learner.gpus 0 reserve no place for learner.ranks 2; one of them must be above 0"),
+    ],
+)
+def test_ranks_have_work_and_a_place(learner: dict[str, Any], message: str) -> None:
+    assert list(problems({"learner": learner}).values()) == [message]
+
+
+@pytest.mark.parametrize("learner", [{"ranks": 8, "sharding": "fsdp2"}, {"ranks": 2, "gpus": 1, "cpus": 0}, {"gpus": 0.5}])
+def test_ranks_that_go_together(learner: dict[str, Any]) -> None:
+    assert build_config({"learner": learner})

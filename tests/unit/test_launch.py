@@ -82,7 +82,7 @@ def fake_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "running_ray", running)
     monkeypatch.setattr(launch, "check_resources", lambda cpus, gpus: None)
     monkeypatch.setattr(launch, "start_generator", lambda config, inputs, index: FakeGenerator(f"generator-{index}"))
-    monkeypatch.setattr(launch, "start_learner", lambda config, inputs, run_dir: MortalLearner())
+    monkeypatch.setattr(launch, "start_learner", lambda config, inputs, run_dir, place: MortalLearner())
 
 
 def train(config: Config, resume: Path | None = None) -> int:
@@ -105,6 +105,11 @@ def test_a_run_leaves_its_folder(make: Callable[..., Config], tmp_path: Path, fa
         ({"model": {"lora": {"targets": []}}}, r"model\.lora\.targets: \[\] is wrong"),
         ({"actors": {"gpus_each": 1}}, r"actors\.gpus_each: 1 x 1 plus learner\.gpus 0 are 1 GPUs, but this machine has 0"),
         ({"learner": {"gpus": 0.5}}, r"actors\.gpus_each: 1 x 0 plus learner\.gpus 0\.5 are 0\.5 GPUs, but this machine has 0"),
+        (
+            {"learner": {"ranks": 2, "cpus": 0.5, "gpus": 1}},
+            r"actors\.gpus_each: 1 x 0 plus learner\.ranks 2 x learner\.gpus 1 are 2 GPUs, .* lower actors\.count, actors\.gpus_each, learner\.ranks or",
+        ),
+        ({"learner": {"ranks": 2, "cpus": 10_000}}, r"actors\.cpus_each: 1 x 1 plus learner\.ranks 2 x learner\.cpus 10000 are 20001 cores"),
         ({"actors": {"cpus_each": 10_000}}, r"actors\.cpus_each: .* lower actors\.count"),
         ({"control": {"token_env": "NO_TOKEN_HERE"}}, r"control\.token_env: the environment variable NO_TOKEN_HERE is not set"),
         ({"control": {"token_env": "BLANK_TOKEN"}}, r"control\.token_env: the environment variable BLANK_TOKEN holds only white space"),

@@ -1,0 +1,52 @@
+"""The learner's ranks as one: whose answer counts, and whose fault it is when one of them fails."""
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+
+from ftb_llm.errors import ProcessDied, RemoteError, WrongState
+from ftb_llm.remote import all_ranks
+
+
+async def answer(value: Any, after: float = 0.0) -> Any:
+    await asyncio.sleep(after)
+    return value
+
+
+async def fail(error: Exception, after: float = 0.0) -> Any:
+    await asyncio.sleep(after)
+    raise error
+
+
+def together(*calls: Any, grace_seconds: float = 30.0) -> list[Any]:
+    return asyncio.run(all_ranks(list(calls), grace_seconds=grace_seconds))
+
+
+def test_answers_come_in_the_order_of_the_ranks() -> None:
+    assert together(answer("a", after=0.02), answer("b"), answer("c", after=0.01)) == ["a", "b", "c"]
+
+
+def test_nobody_waits_for_the_others_of_a_dead_rank() -> None:
+    began = time.monotonic()
+    with pytest.raises(ProcessDied, match=r"^learner rank 1 of 3 died: it was killed$"):
+        together(answer(0, after=3600), fail(ProcessDied("it was killed")), answer(2, after=3600))
+    assert time.monotonic() - began < 5
+
+
+def test_a_broken_sum_is_explained_by_the_death_behind_it() -> None:
+    with pytest.raises(ProcessDied, match=r"^learner rank 1 of 2 died: it was killed$"):
+        together(fail(RemoteError("RuntimeError: connection closed by peer")), fail(ProcessDied("it was killed"), after=0.05))
+
+
+def test_a_breakdown_that_nothing_explains_is_told_after_a_moment() -> None:
+    began = time.monotonic()
+    with pytest.raises(RemoteError, match=r"^learner rank 1 of 2: RuntimeError: timed out$"):
+        together(answer(0, after=3600), fail(RemoteError("RuntimeError: timed out")), grace_seconds=0.05)
+    assert time.monotonic() - began < 5
+
+
+def test_an_error_raised_on_purpose_stays_what_it_was() -> None:
+    with pytest.raises(WrongState, match=r"^step 5 was asked for$"):
+        together(fail(WrongState("step 5 was asked for")), fail(WrongState("step 5 was asked for")))
