@@ -20,7 +20,7 @@ from tests import tiny_llama
 STEPS, CHANGE_AT = 20, 11
 BUDGET = 20  # some groups are larger than that; and five groups leave ranks without any: under fsdp2 they take passes for the others
 SHARDINGS = ("replicated", "fsdp2")
-_TIMEOUT_SECONDS = 60.0
+_TIMEOUT_SECONDS = 120.0  # of a machine that others use as well
 
 State = dict[str, Tensor]
 

@@ -1,5 +1,6 @@
 """Several ranks train what one rank trains: real processes, real gloo, on this machine."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,15 @@ from tests import rank_jobs, tiny_llama
 from tests.rank_jobs import CHANGE_AT, SHARDINGS, RankResult, State
 
 WITHIN = {"rtol": 0.0, "atol": 1e-6}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As each rank has it; several threads on busy cores spend their time waiting for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
