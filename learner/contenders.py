@@ -4,6 +4,7 @@
 prompt and completion, the logits of every position, and the same loss, so that both must report the same losses.
 """
 
+import contextlib
 import json
 import resource
 import statistics
@@ -87,7 +88,7 @@ def full_logits(spec: Spec) -> Step:
         nn.utils.clip_grad_norm_(trained, spec["max_grad_norm"])
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return loss.item()
 
     return step
 
@@ -148,10 +149,8 @@ def run(spec: Spec) -> dict[str, Any]:
 
 def forget_peak() -> None:
     """Let the peak begin anew where the kernel allows it, so that what loading took is not in it."""
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return
 
 
 def matmul_rates(spec: Spec) -> dict[str, float]:

@@ -5,6 +5,7 @@ Completions come in through `rollout_func`, TRL's hook for generation, and the t
 from the reference's log-probs to the optimizer's step, is TRL's, without gradient checkpointing and in float32.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -12,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -124,17 +124,15 @@ def trainer_of(spec: dict[str, Any], rollout: Rollout, folder: str) -> Any:
 
 def forget_peak() -> None:
     """Let the peak begin anew where the kernel allows it, so that what loading took is not in it."""
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        pass
 
 
-def run(spec: dict[str, Any], make: Callable[..., Any] = trainer_of) -> dict[str, Any]:
+def run(spec: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(spec["threads"])
     rollout = Rollout(spec)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make(spec, rollout, folder)
+        trainer = trainer_of(spec, rollout, folder)
         clock = Clock(rollout)
         trainer.add_callback(clock)
         forget_peak()
