@@ -66,7 +66,7 @@ class Rollout:
         return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None, "given": rewards}
 
 
-class Clock(TrainerCallback):  # type: ignore[misc]
+class Clock(TrainerCallback):
     """Seconds from the end of one training step to that of the next, without those of the rollout."""
 
     def __init__(self, rollout: Rollout) -> None:

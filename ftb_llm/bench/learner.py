@@ -10,10 +10,12 @@ import itertools
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
@@ -31,6 +33,7 @@ from ftb_llm.machine import core_count
 WARMUP = 1  # steps of each turn that are not counted
 TURNS = 2
 PROCESS_SECONDS = 1200.0
+BUSY = 0.2  # cores: where others use more, times say little
 Row = dict[str, Any]
 Found = dict[str, Any]  # a process's JSON line
 Call = Callable[[str, dict[str, Any]], Found]  # a contender's name and its spec
@@ -80,7 +83,7 @@ def check_memory(case: Case, name: str) -> None:
 def row_of(case: Case, name: str, turns: Sequence[Found], *, error: str | None) -> Row:
     """A contender's numbers over all its turns; none of them where it failed."""
     row: Row = case.facts() | {"contender": name, "error": error}
-    empty = ("seconds", "seconds_each", "tokens_per_second", "loaded_bytes", "peak_bytes", "step_bytes", "losses", "versions", "settings")
+    empty = ("seconds", "seconds_each", "tokens_per_second", "loaded_bytes", "peak_bytes", "step_bytes", "losses", "versions", "settings", "others_cores")
     row |= dict.fromkeys((*empty, "flops", "matmul_rates", "matmul_fraction"))
     if error is not None:
         return row
@@ -99,6 +102,7 @@ def row_of(case: Case, name: str, turns: Sequence[Found], *, error: str | None) 
         "losses": turns[0]["losses"],
         "versions": turns[0]["versions"],
         "settings": turns[0].get("settings"),
+        "others_cores": max(one["others_cores"] for one in turns),
     }
     if rates := [one["matmul"] for one in turns if "matmul" in one]:
         best = {shape: max(rate[shape] for rate in rates) for shape in rates[0]}
@@ -146,7 +150,8 @@ def told(row: Row) -> str:
     head = f"{row['size']} {row['ratio']} {row['contender']}"
     if row["error"] is not None:
         return f"{head}: not measured: {row['error']}"
-    return f"{head}: {row['seconds']:.2f} s a step, {row['step_bytes'] / 2**30:.2f} GiB above the model"
+    line = f"{head}: {row['seconds']:.2f} s a step, {row['step_bytes'] / 2**30:.2f} GiB above the model"
+    return line if row["others_cores"] < BUSY else f"{line}; others used {row['others_cores']:.1f} cores meanwhile, so the time means little"
 
 
 def machine_facts(threads: int) -> dict[str, Any]:
@@ -184,6 +189,7 @@ def in_a_process(command: Sequence[str], spec: Mapping[str, Any]) -> Found:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "spec.json"
         path.write_text(json.dumps(spec), encoding="utf-8")
+        began, busy, own = time.monotonic(), busy_seconds(), children_seconds()
         try:
             done = subprocess.run([*command, str(path)], env=env, capture_output=True, text=True, timeout=PROCESS_SECONDS, check=False)
         except subprocess.TimeoutExpired:
@@ -191,8 +197,21 @@ def in_a_process(command: Sequence[str], spec: Mapping[str, Any]) -> Found:
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise Failed(f"its process ended with exit code {done.returncode}: {lines[-1]}")
+    others = (busy_seconds() - busy) - (children_seconds() - own)
     found: Found = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return found | {"others_cores": max(0.0, others) / (time.monotonic() - began)}
+
+
+def busy_seconds() -> float:
+    """Of all cores, since the machine started."""
+    times = psutil.cpu_times()
+    return float(times.user + times.nice + times.system)
+
+
+def children_seconds() -> float:
+    """Of this process's children that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def built_model(shape: Shape) -> Path:

@@ -16,7 +16,17 @@ def learner_tables(found: Mapping[str, Any]) -> list[Table]:
     rows: Sequence[Row] = found["rows"]
     machine = found["machine"]
     where = f"{machine['threads']} threads, torch {machine['torch']}, float32, {machine['date'][:10]}"
-    header = ["model", "prompt : completion", "contender", "s a step", "tokens/s", "ours is faster by", "loaded, GiB", "peak above it, GiB"]
+    header = [
+        "model",
+        "prompt : completion",
+        "contender",
+        "s a step",
+        "tokens/s",
+        "ours is faster by",
+        "loaded, GiB",
+        "peak above it, GiB",
+        "cores others used",
+    ]
     body = [
         [
             f"{row['size']} ({row['hidden']} x {row['layers']}, vocabulary {row['vocabulary']:,})",
@@ -25,6 +35,7 @@ def learner_tables(found: Mapping[str, Any]) -> list[Table]:
             *(number(row[key], form) for key, form in (("seconds", ".2f"), ("tokens_per_second", ",.0f"))),
             NONE if row["contender"] == "ours" else number(row["speedup"], ".2f"),
             *(number(row[key] and row[key] / GIB, ".2f") for key in ("loaded_bytes", "step_bytes")),
+            number(row["others_cores"], ".1f"),
         ]
         for row in rows
     ]
@@ -52,21 +63,26 @@ def learner_tables(found: Mapping[str, Any]) -> list[Table]:
 def learner_picture(found: Mapping[str, Any]) -> str:
     """Seconds a step and memory above the model, one place per case and a mark per contender."""
     rows = [row for row in found["rows"] if row["error"] is None]
-    cases = list(dict.fromkeys(f"{row['size']} {row['ratio']}" for row in rows))
+    cases = list(dict.fromkeys(map(place_of, rows)))
 
     def panel(title: str, low_mid_high: Mapping[str, Sequence[tuple[int, float, float, float]]]) -> Panel:
-        lines = {name: [Point(x=x, y=y, low=low, high=high) for x, low, y, high in points] for name, points in low_mid_high.items()}
+        lines: dict[str, Sequence[Point]] = {name: [Point(x=x, y=y, low=low, high=high) for x, low, y, high in points] for name, points in low_mid_high.items()}
         return Panel(title=title, lines=lines, x_label="model, and prompt : completion", log=True, categories=cases, joined=False)
 
     seconds: dict[str, list[tuple[int, float, float, float]]] = {name: [] for name in CONTENDERS}
     memory: dict[str, list[tuple[int, float, float, float]]] = {name: [] for name in CONTENDERS}
     for row in rows:
-        place = cases.index(f"{row['size']} {row['ratio']}")
+        place = cases.index(place_of(row))
         seconds[row["contender"]].append((place, min(row["seconds_each"]), row["seconds"], max(row["seconds_each"])))
         gib = row["step_bytes"] / GIB
         memory[row["contender"]].append((place, gib, gib, gib))
     drawn = [panel(title, {name: points for name, points in some.items() if points}) for title, some in (("Seconds a step", seconds), (MEMORY, memory))]
     return picture("One step of the learner beside a loop with full logits and beside TRL", [[drawn[0]], [drawn[1]]])
+
+
+def place_of(row: Row) -> str:
+    """A case in few letters, since six of them stand side by side."""
+    return f"{row['size'][:5]} {row['ratio']}"
 
 
 MEMORY = "Peak memory above the loaded model, GiB"
