@@ -53,6 +53,7 @@ class Panel:
     x_label: str
     log: bool = False  # else a share: its axis holds at least 0 to 1
     categories: Sequence[str] = ()
+    joined: bool = True  # else the points of a name stand alone: what x counts has no order
 
 
 def picture(title: str, panels: Sequence[Sequence[Panel]]) -> str:
@@ -119,16 +120,16 @@ def _panel(panel: Panel, y: Axis, names: Sequence[str]) -> list[str]:
     for name, line in panel.lines.items():
         # Side by side within a category, so that no error bar hides another.
         aside = (names.index(name) / max(1, len(names) - 1) - 0.5) * 0.5 if count else 0.0
-        parts.append(_line(name, line, x, y, aside=aside, bars=count > 0, stroke=colour(name, names)))
+        parts.append(_line(name, line, x, y, aside=aside, bars=count > 0, joined=panel.joined, stroke=colour(name, names)))
     return parts
 
 
-def _line(name: str, points: Sequence[Point], x: Axis, y: Axis, *, aside: float, bars: bool, stroke: str) -> str:
+def _line(name: str, points: Sequence[Point], x: Axis, y: Axis, *, aside: float, bars: bool, joined: bool, stroke: str) -> str:
     def at(value: float) -> float:
         return y.place(max(value, SMALLEST) if y.log else value)
 
     places = [(x.place(point.x + aside), at(point.y)) for point in points]
-    parts = [f'<path class="{_look(name)}" stroke="{stroke}" d="M{"L".join(f"{left:.1f} {top:.1f}" for left, top in places)}"/>']
+    parts = [f'<path class="{_look(name)}" stroke="{stroke}" d="M{"L".join(f"{left:.1f} {top:.1f}" for left, top in places)}"/>'] if joined else []
     if bars:
         for (left, top), point in zip(places, points, strict=True):
             parts.append(f'<path class="bar" stroke="{stroke}" d="M{left:.1f} {at(point.low):.1f}V{at(point.high):.1f}"/>')

@@ -1,4 +1,4 @@
-"""`ftb-llm bench ...`: measure staleness, divergences, the cost of the losses, and the quickstart per divergence."""
+"""`ftb-llm bench ...`: measure staleness, divergences, the cost of the losses, the quickstart per divergence, and the learner's step."""
 
 import argparse
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftb_llm.bench.spec import BASELINES, MEMBERS, SET_IN_RUNS, SET_IN_TRIALS, TASK_SETTINGS, check_words
+from ftb_llm.bench.step_cases import CASES, SIZES
 from ftb_llm.cli.command import Command, UsageError, add_json, print_json, print_table
 
 if TYPE_CHECKING:
@@ -43,6 +44,14 @@ def configure_quickstart(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--members", type=_names, default=list(MEMBERS), metavar="LIST", help=f"{OBJECTIVES_HELP} (default: {','.join(MEMBERS)})")
     _add_set(parser)
     _add_out(parser, "bench/quickstart")
+    add_json(parser)
+
+
+def configure_learner(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sizes", type=_names, default=list(SIZES), metavar="LIST", help=f"default: {','.join(SIZES)}")
+    parser.add_argument("--steps", type=_positive, default=4, metavar="N", help="timed steps of each contender, in two turns (default: 4)")
+    parser.add_argument("--no-trl", action="store_true", help="leave TRL out, which otherwise gets an environment of its own in the cache folder")
+    parser.add_argument("--out", type=Path, default=Path("bench/learner"), metavar="DIR", help="folder of the results (bench/learner)")
     add_json(parser)
 
 
@@ -93,6 +102,22 @@ def run_quickstart(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_learner(args: argparse.Namespace) -> int:
+    from ftb_llm.bench.learner import built_model, caller, measure
+    from ftb_llm.bench.step_report import learner_picture, learner_tables
+    from ftb_llm.bench.trl import interpreter
+    from ftb_llm.machine import core_count
+
+    for size in args.sizes:
+        if size not in SIZES:
+            raise UsageError(f"argument --sizes: {size} is no size; the sizes are {', '.join(SIZES)}")
+    cases = [case for case in CASES if case.size in args.sizes]
+    trl = "left out with --no-trl" if args.no_trl else interpreter(_say)
+    found = measure(cases, steps=args.steps, threads=core_count(), call=caller(trl), model=built_model, say=_say)
+    _publish(args, found, learner_tables(found), learner_picture(found))
+    return 0
+
+
 def _measured(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of every trial that the words ask for."""
     from ftb_llm.bench.trials import grid, measure
@@ -130,7 +155,7 @@ def _settings(args: argparse.Namespace, names: Sequence[str], set_by: Mapping[st
     return lambda name: [*args.words, *own[name]]
 
 
-def _publish(args: argparse.Namespace, rows: list[dict[str, Any]], tables: "Sequence[Table]", picture: str | None) -> None:
+def _publish(args: argparse.Namespace, rows: list[dict[str, Any]] | dict[str, Any], tables: "Sequence[Table]", picture: str | None) -> None:
     """Write rows.json, table.md and where there is one plot.svg, and print the rows or the tables."""
     from ftb_llm.bench.trials import writing
     from ftb_llm.run_dir import write_whole
@@ -208,5 +233,13 @@ COMMANDS = (
         description="Runs ftb-llm train once per divergence, one after the other, and tells the final exact TV of each.",
         configure=configure_quickstart,
         run=run_quickstart,
+    ),
+    Command(
+        name="bench learner",
+        help="the learner's step beside a loop with full logits and beside TRL",
+        description="Times whole optimizer steps on the same random models and samples, each contender in a process of its own, with its peak memory, "
+        "and our step against the machine's matrix products. Writes rows.json, table.md and plot.svg.",
+        configure=configure_learner,
+        run=run_learner,
     ),
 )

@@ -82,6 +82,7 @@ def test_bench_alone_lists_its_commands(words: list[str], code: int, capsys: pyt
         "bench divergences",
         "bench losses",
         "bench quickstart",
+        "bench learner",
     ]
     assert printed.err == ""
 
@@ -103,7 +104,10 @@ def test_tables_follow_the_request_and_lags_rise(asked: list[TrialSpec], tmp_pat
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["bench", "speed"], "bench is the first word of bench staleness, bench divergences, bench losses, bench quickstart; see ftb-llm bench --help"),
+        (
+            ["bench", "speed"],
+            "bench is the first word of bench staleness, bench divergences, bench losses, bench quickstart, bench learner; see ftb-llm bench --help",
+        ),
         (["bench", "staleness", "--tasks", "chess"], "argument --tasks: chess is no task; the tasks are hypergrid, sums"),
         (["bench", "staleness", "--objectives", "js,hel"], "--objectives: hel: 'hel' is no objective; the objectives are reverse_kl, forward_kl,"),
         (["bench", "staleness", "--lags", "0,x"], "argument --lags: '0,x' is wrong: it should be different whole numbers from 0, separated by commas"),
@@ -115,6 +119,7 @@ def test_tables_follow_the_request_and_lags_rise(asked: list[TrialSpec], tmp_pat
         (["bench", "staleness", "--objectives", "custom", "objective.custom=nope:x"], "objective.custom: nope:x can't be imported: ModuleNotFoundError"),
         (["bench", "staleness", "--objectives", "grpo+tempered"], "--objectives: grpo+tempered: grpo goes with no +tempered; only a divergence does"),
         (["bench", "quickstart", "--config", "configs/quickstart.yaml", "--out", "/dev/null/x"], "--out: /dev/null/x/runs can't be written: Not a directory"),
+        (["bench", "learner", "--sizes", "huge"], "argument --sizes: huge is no size; the sizes are tiny, small, large, vocabulary"),
         (["bench", "quickstart", "--config", "no.yaml"], "config file no.yaml can't be read: No such file or directory"),
     ],
 )
