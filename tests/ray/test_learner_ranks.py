@@ -18,7 +18,7 @@ from ftb_llm.remote import RemoteLearner, reserved
 from learner.ray_actor import LearnerActor
 from tests import tiny_llama
 
-RANKS = {"groups_per_step": 4, "groups_per_micro_batch": 1, "ranks": 2, "cpus": 0.5, "sharding": "fsdp2", "collective_timeout_seconds": 10.0}
+RANKS = {"groups_per_step": 4, "micro_batch_tokens": 20, "ranks": 2, "cpus": 0.5, "sharding": "fsdp2", "collective_timeout_seconds": 10.0}
 WITHIN_SECONDS = 20.0
 
 
