@@ -33,7 +33,7 @@ from ftb_llm.errors import FtbError, WrongState
 from ftb_llm.generation import Generation, WorkList, group_number
 from ftb_llm.journal import Journal
 from ftb_llm.metrics import step_row
-from ftb_llm.ports import GeneratorPort, LearnerPort, Progress, RewardPort
+from ftb_llm.ports import GeneratorPort, LearnerPort, Progress, ReferencePort, RewardPort
 from ftb_llm.run_dir import RunDir, checkpoint_step
 from ftb_llm.state import GeneratorPhase, GeneratorState, Phase, RunState
 from ftb_llm.status import run_status
@@ -56,6 +56,7 @@ class Controller:
         generators: Sequence[GeneratorPort],
         learner: LearnerPort,
         rewards: RewardPort,
+        reference: ReferencePort | None = None,
         progress: Progress,
         resume_from: Path | None = None,
     ) -> None:
@@ -83,6 +84,7 @@ class Controller:
             prompts=prompts,
             buffer=self.buffer,
             rewards=rewards,
+            reference=reference,
             emit=self.emit,
         )
         self._stop = asyncio.Event()

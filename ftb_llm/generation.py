@@ -17,7 +17,7 @@ from ftb_llm.config.schema import TOKEN_LEVEL
 from ftb_llm.datasets import PromptOrder
 from ftb_llm.delivery import Emit, bury
 from ftb_llm.errors import FtbError, NotServing, RequestRefused, RewardError
-from ftb_llm.ports import GeneratorPort, RewardPort
+from ftb_llm.ports import GeneratorPort, ReferencePort, RewardPort
 from ftb_llm.state import GeneratorPhase, GeneratorState
 from ftb_llm.types import FinishReason, Group, GroupRequest, GroupState, SamplingSpec, ScoredGroup
 
@@ -54,12 +54,23 @@ def group_number(identifier: str) -> int:
 class Generation:
     """Everything that the workers of all generators share."""
 
-    def __init__(self, *, config: Callable[[], Config], work: WorkList, prompts: PromptOrder, buffer: GroupBuffer, rewards: RewardPort, emit: Emit) -> None:
+    def __init__(
+        self,
+        *,
+        config: Callable[[], Config],
+        work: WorkList,
+        prompts: PromptOrder,
+        buffer: GroupBuffer,
+        rewards: RewardPort,
+        reference: ReferencePort | None,
+        emit: Emit,
+    ) -> None:
         self._config = config
         self._work = work
         self._prompts = prompts
         self._buffer = buffer
         self._rewards = rewards
+        self._reference = reference
         self._emit = emit
         self._draining = False
         self._busy = 0
@@ -131,7 +142,8 @@ class Generation:
             rewards = await self._rewards.score(group)
         except RewardError as error:
             return await self._reject(group, error.reason, error)
-        await self._buffer.put(ScoredGroup(group=group, rewards=rewards))
+        reference = None if self._reference is None else await self._reference.score(group)
+        await self._buffer.put(ScoredGroup(group=group, rewards=rewards, reference=reference))
         self._rejected_in_a_row = 0
 
     async def _reject(self, group: Group, reason: str, error: FtbError) -> None:

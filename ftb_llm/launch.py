@@ -33,14 +33,14 @@ from ftb_llm.inputs import Inputs, read_inputs
 from ftb_llm.journal import Journal
 from ftb_llm.machine import PeakMemory, core_count, gpu_count, tree_rss_bytes
 from ftb_llm.ports import Progress
-from ftb_llm.remote import RemoteGenerator, RemoteLearner, check_resources, reserved, running_ray
+from ftb_llm.remote import RemoteGenerator, RemoteLearner, RemoteReference, check_resources, reserved, running_ray
 from ftb_llm.report import write_report
 from ftb_llm.rewards import RewardSet, RewardWorkers
 from ftb_llm.run_dir import RunDir
 from ftb_llm.state import Phase
 from ftb_llm.summary import summarise
 from learner.model import check_model
-from learner.ray_actor import LearnerActor
+from learner.ray_actor import LearnerActor, ReferenceActor
 from learner.trial import run_trial
 
 JOURNAL = "run.db"
@@ -106,14 +106,17 @@ def check_machine(config: Config) -> None:
     (cpus, gpus), learner, actors = wanted_resources(config), config.learner, config.actors
     ranks = "" if learner.ranks == 1 else f"learner.ranks {learner.ranks} x "
     fewer = "" if learner.ranks == 1 else ", learner.ranks"
+    some = learner.reference_actors
+    beside = (f" plus {some} x learner.reference_cpus {learner.reference_cpus:g}", f" plus {some} x learner.reference_gpus {learner.reference_gpus:g}")
+    cpus_beside, gpus_beside = beside if some else ("", "")
     if cpus > core_count():
         raise SetupError(
-            f"actors.cpus_each: {actors.count} x {actors.cpus_each:g} plus {ranks}learner.cpus {learner.cpus:g} "
+            f"actors.cpus_each: {actors.count} x {actors.cpus_each:g} plus {ranks}learner.cpus {learner.cpus:g}{cpus_beside} "
             f"are {cpus:g} cores, but this machine has {core_count()}; lower actors.count, actors.cpus_each{fewer} or learner.cpus"
         )
     if gpus > gpu_count():
         raise SetupError(
-            f"actors.gpus_each: {actors.count} x {actors.gpus_each:g} plus {ranks}learner.gpus {learner.gpus:g} "
+            f"actors.gpus_each: {actors.count} x {actors.gpus_each:g} plus {ranks}learner.gpus {learner.gpus:g}{gpus_beside} "
             f"are {gpus:g} GPUs, but this machine has {gpu_count()} that torch can use; lower actors.count, actors.gpus_each{fewer} or learner.gpus"
         )
 
@@ -130,7 +133,8 @@ def check_resumed_config(run_dir: RunDir, config: Config) -> None:
 def wanted_resources(config: Config) -> tuple[float, float]:
     """CPUs and GPUs of all actors together."""
     actors, learner = config.actors, config.learner
-    return actors.count * actors.cpus_each + learner.ranks * learner.cpus, actors.count * actors.gpus_each + learner.ranks * learner.gpus
+    cpus = actors.count * actors.cpus_each + learner.ranks * learner.cpus + learner.reference_actors * learner.reference_cpus
+    return cpus, actors.count * actors.gpus_each + learner.ranks * learner.gpus + learner.reference_actors * learner.reference_gpus
 
 
 def default_name(config: Config) -> str:
@@ -149,6 +153,10 @@ async def _run(config: Config, inputs: Inputs, run_dir: RunDir, place: Placement
         generators = [start_generator(config, inputs, index) for index in range(config.actors.count)]
         learner = start_learner(config, inputs, run_dir, place)
         stack.push_async_callback(learner.stop)
+        reference = start_reference(config, inputs)
+        if reference is not None:
+            stack.push_async_callback(reference.stop)
+            await reference.start()
         for generator in generators:
             stack.push_async_callback(generator.stop)
         controller = Controller(
@@ -159,6 +167,7 @@ async def _run(config: Config, inputs: Inputs, run_dir: RunDir, place: Placement
             prompts=PromptOrder(inputs.prompts, seed=config.run.seed, shuffle=config.data.shuffle),
             generators=generators,
             learner=learner,
+            reference=reference,
             rewards=await stack.enter_async_context(RewardWorkers(config.rewards)),
             progress=progress,
             resume_from=checkpoint,
@@ -167,7 +176,7 @@ async def _run(config: Config, inputs: Inputs, run_dir: RunDir, place: Placement
             url = await stack.enter_async_context(serve(create_app(controller, token=token), config.control.host, config.control.port))
             controller.state.url = url
             progress.line(f"control plane at {url}, its API page at {url}/docs")
-        memory = await stack.enter_async_context(PeakMemory(lambda: job_rss_bytes([*generators, learner])))
+        memory = await stack.enter_async_context(PeakMemory(lambda: job_rss_bytes([*generators, learner, *([reference] if reference else [])])))
         interrupted = ctrl_c_stops(controller)
         try:
             await controller.run()
@@ -196,6 +205,13 @@ def start_learner(config: Config, inputs: Inputs, run_dir: RunDir, place: Placem
     return RemoteLearner([start(rank) for rank in range(config.learner.ranks)])
 
 
+def start_reference(config: Config, inputs: Inputs) -> RemoteReference | None:
+    learner = config.learner
+    actor = ReferenceActor.options(num_cpus=learner.reference_cpus, num_gpus=learner.reference_gpus)  # type: ignore[attr-defined]
+    actors = [actor.remote(config, model_path=inputs.model_path) for _ in range(learner.reference_actors)]
+    return RemoteReference(actors) if actors else None
+
+
 def ctrl_c_stops(controller: Controller) -> asyncio.Event:
     """The first Ctrl-C (or SIGTERM) asks for a clean stop, the second ends the run where it stands. Returns whether one came."""
     interrupted = asyncio.Event()
@@ -215,7 +231,7 @@ def ctrl_c_stops(controller: Controller) -> asyncio.Event:
     return interrupted
 
 
-async def job_rss_bytes(remotes: Sequence[RemoteGenerator | RemoteLearner]) -> int:
+async def job_rss_bytes(remotes: Sequence[RemoteGenerator | RemoteLearner | RemoteReference]) -> int:
     """A Ray of our own lies below this process, a cluster's actors do not: those are asked."""
     own = await asyncio.to_thread(tree_rss_bytes)
     if not os.environ.get("RAY_ADDRESS"):

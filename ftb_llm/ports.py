@@ -57,6 +57,13 @@ class LearnerPort(Protocol):
         """Facts about the process, its memory among them."""
 
 
+class ReferencePort(Protocol):
+    """Actors that hold the reference model alone."""
+
+    async def score(self, group: Group) -> tuple[tuple[float, ...], ...]:
+        """Log-prob of each token of each completion."""
+
+
 class RewardPort(Protocol):
     """Scores one group; raises `RewardError`."""
 

@@ -1,6 +1,7 @@
 """Ray at arm's length: starting it, and actor handles as the ports that the controller knows."""
 
 import asyncio
+import itertools
 import os
 import time
 from collections.abc import Awaitable, Coroutine, Iterator, Mapping, Sequence
@@ -46,7 +47,8 @@ def check_resources(cpus: float, gpus: float) -> None:
     free = ray.available_resources()
     if free.get("CPU", 0) < cpus or free.get("GPU", 0) < gpus:
         raise SetupError(
-            f"actors.cpus_each, actors.gpus_each, learner.ranks, learner.cpus, learner.gpus: the run needs {cpus:g} CPUs and {gpus:g} GPUs, "
+            "actors.cpus_each, actors.gpus_each, learner.ranks, learner.cpus, learner.gpus, learner.reference_actors: "
+            f"the run needs {cpus:g} CPUs and {gpus:g} GPUs, "
             f"but the cluster has {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs free"
         )
 
@@ -200,6 +202,32 @@ class RemoteLearner:
         except Exception:
             await self.stop()
             raise
+
+
+class RemoteReference:
+    """The reference actors, which take groups in turn. See `ftb_llm.ports.ReferencePort`. One that dies ends the run, as the learner does."""
+
+    def __init__(self, actors: Sequence[Any]) -> None:
+        self._actors = list(actors)
+        self._turns = itertools.cycle(self._actors)
+
+    async def start(self) -> None:
+        await asyncio.gather(*(_started(actor.info.remote(), f"reference-{index}") for index, actor in enumerate(self._actors)))
+
+    async def score(self, group: Group) -> tuple[tuple[float, ...], ...]:
+        try:
+            values: tuple[tuple[float, ...], ...] = await _call(next(self._turns).score.remote(group))
+        except ProcessDied as error:
+            raise ProcessDied(f"a reference actor died: {error}") from error
+        return values
+
+    async def info(self) -> dict[str, Any]:
+        facts = await asyncio.gather(*(_call(actor.info.remote()) for actor in self._actors))
+        return {"rss_bytes": sum(fact["rss_bytes"] for fact in facts)}
+
+    async def stop(self) -> None:
+        for actor in self._actors:
+            ray.kill(actor)
 
 
 async def all_ranks(calls: Sequence[Coroutine[Any, Any, Any]], *, grace_seconds: float) -> list[Any]:

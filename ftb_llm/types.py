@@ -105,6 +105,7 @@ class ScoredGroup:
 
     group: Group
     rewards: tuple[float, ...]
+    reference: tuple[tuple[float, ...], ...] | None = None  # each token's log-prob under the reference, where an actor of its own computed it
 
     def encode(self) -> bytes:
         return msgspec.msgpack.encode(self)

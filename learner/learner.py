@@ -95,6 +95,7 @@ class Learner:
             "rss_bytes": tree_rss_bytes(),
             "device": str(self._model.device),
             "rank": self._model.ranks.rank,
+            "packed": self._model.scorer.packed,
             "threads": torch.get_num_threads(),
             "step": self._step,
             "scale": self._model.scale,

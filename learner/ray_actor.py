@@ -1,5 +1,6 @@
-"""One rank of the learner as a Ray actor: the plain class, and how it finds the other ranks."""
+"""One rank of the learner as a Ray actor: the plain class, and how it finds the other ranks. Beside it the reference alone."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,11 @@ from typing import Any
 import ray
 
 from ftb_llm.config import Config
+from ftb_llm.machine import tree_rss_bytes
 from ftb_llm.types import AdapterRef, EvalReport, Group, Prompt, StepReport, StepRequest
 from learner.learner import Learner, thread_count
 from learner.ranks import free_address, join
+from learner.reference import Reference
 
 
 @ray.remote
@@ -57,3 +60,27 @@ class LearnerActor:
 
     def info(self) -> dict[str, Any]:
         return self._learner.info()
+
+
+@ray.remote
+class ReferenceActor:
+    """Loads on the first call, like the learner."""
+
+    _loaded: Reference | None = None
+
+    def __init__(self, config: Config, *, model_path: Path) -> None:
+        self._config = config
+        self._model_path = model_path
+
+    @property
+    def _reference(self) -> Reference:
+        if self._loaded is None:
+            self._loaded = Reference(self._config, self._model_path)
+        return self._loaded
+
+    def score(self, group: Group) -> tuple[tuple[float, ...], ...]:
+        return self._reference.score(group)
+
+    def info(self) -> dict[str, Any]:
+        """Facts about the process; the answer says that the model is there."""
+        return {"pid": os.getpid(), "rss_bytes": tree_rss_bytes(), "packed": self._reference.packed}

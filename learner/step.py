@@ -4,22 +4,22 @@ Shapes: `G` groups of the step, `K` completions per group.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ftb_llm.baselines import BASELINES, Samples
 from ftb_llm.errors import FtbError
 from ftb_llm.objectives import argument, delta, ftb_loss, masked, member
 from ftb_llm.shadow import shadow_metrics
-from ftb_llm.types import FinishReason, Group, ObjectiveSpec, StepReport, StepRequest
+from ftb_llm.types import FinishReason, Group, ObjectiveSpec, ScoredGroup, StepReport, StepRequest
 from learner.batching import parts_of, plan, rounds, token_cost
 from learner.model import AdaptedModel
-from learner.packing import Batch, pack
+from learner.packing import Batch
+from learner.passes import MicroBatch, Outcome, Verdict, backward, no_objective, pack_groups, token_rows
 
 
 def take_step(model: AdaptedModel, request: StepRequest, *, micro_batch_tokens: int) -> StepReport:
@@ -29,7 +29,7 @@ def take_step(model: AdaptedModel, request: StepRequest, *, micro_batch_tokens: 
     reward_GK = torch.tensor([scored.rewards for scored in request.groups], dtype=torch.float64)
     mask_GK = counted(groups, spec)
     model.log_z.use(spec.beta, spec.tempered)
-    own = [part for part in _turns(model, groups, reward_GK, mask_GK, spec, budget=micro_batch_tokens) if part is not None]
+    own = list(_own_share(model, request.groups, reward_GK, mask_GK, spec, budget=micro_batch_tokens))
     parts = [part for share in model.ranks.gather(own) for part in share]
     logp_GK, logp_ref_GK = (_in_order([getattr(part, name) for part in parts], parts) for name in ("logp_GK", "logp_ref_GK"))
     delta_GK = delta(logp_GK, logp_ref_GK, reward_GK, spec.beta)
@@ -74,75 +74,35 @@ class _Part:
     metrics: dict[str, float]
 
 
-Objective = Callable[[Batch, Tensor, Tensor], tuple[Tensor, dict[str, float], Tensor]]
-
-
-def _turns(model: AdaptedModel, groups: Sequence[Group], reward_GK: Tensor, mask_GK: Tensor, spec: ObjectiveSpec, *, budget: int) -> Iterator[_Part | None]:
+def _own_share(model: AdaptedModel, scored: Sequence[ScoredGroup], reward_GK: Tensor, mask_GK: Tensor, spec: ObjectiveSpec, *, budget: int) -> Iterator[_Part]:
     """This rank's share of the step, micro-batch by micro-batch.
 
     Where the base model is sharded, every pass of one rank needs all the others: they take as many, with some group and a
     gradient of zero where they have nothing left to compute.
     """
+    groups = [one.group for one in scored]
     denominator = max(1, int(mask_GK.sum()))
+    known = all(one.reference is not None for one in scored)  # of all or none: the ranks must agree on what they compute
     for shares in rounds(groups, budget=budget, ranks=model.ranks.count):
+        passes = max(len(parts_of([groups[place] for place in share], budget=budget)) for share in shares if share) if model.sharded else 1
         places = shares[model.ranks.rank]
-        passes = max(len(parts_of([groups[place] for place in share], budget=budget)) for share in shares if share) if model.sharded else None
         if places:
-            mine = [groups[place] for place in places]
+            own = MicroBatch(scored=[scored[place] for place in places], reference_known=known, budget=budget, least_passes=passes)
             rewards, mask = reward_GK[places].to(model.device), mask_GK[places].to(model.device)
-            yield _backward(model, mine, partial(_objective, model, mine, rewards, mask, spec, denominator), places=places, budget=budget, passes=passes)
+            yield _part(backward(model, own, partial(_objective, model, own.groups, rewards, mask, spec, denominator)), places)
         elif model.sharded:
-            _backward(model, [min(groups, key=token_cost)], _nothing, places=[], budget=budget, passes=passes)
+            smallest = min(scored, key=lambda one: token_cost(one.group))
+            backward(model, MicroBatch(scored=[smallest], reference_known=known, budget=budget, least_passes=passes), no_objective)
 
 
-def _backward(model: AdaptedModel, groups: Sequence[Group], objective: Objective, *, places: list[int], budget: int, passes: int | None) -> _Part:
-    """The gradient of one micro-batch, added to what is there.
-
-    The objective needs whole groups, but of the model only log-probs: its gradient with respect to those is all that the
-    backward pass is told. So a group that is larger than the budget is scored in parts, and its gradient taken in parts:
-    in `passes` of them, where that is given, the last one again and again for nothing.
-    """
-    batch = pack_groups(groups, model)
-    parts = parts_of(groups, budget=budget)
-    idle = [parts[-1]] * ((passes or 0) - len(parts))
-    at_once = len(parts) + len(idle) == 1
-
-    def scores() -> Tensor:
-        return torch.cat([_part_logprobs(model, groups, batch, part) for part in [*parts, *idle]][: len(parts)], 1)
-
-    with torch.no_grad(), model.as_reference():
-        logp_ref_GKT = scores()
-    with torch.set_grad_enabled(at_once):
-        logp_GKT = scores()
-    slope_GKT, metrics, log_z_G = objective(batch, logp_GKT.detach(), logp_ref_GKT)
-    if at_once:
-        logp_GKT.backward(slope_GKT)
-    else:
-        for part in parts:
-            _part_logprobs(model, groups, batch, part).backward(slope_GKT[:, part.start : part.stop])
-        for part in idle:
-            (0.0 * _part_logprobs(model, groups, batch, part)).sum().backward()
+def _part(outcome: Outcome, places: list[int]) -> _Part:
     return _Part(
         places=places,
-        logp_GK=logp_GKT.detach().sum(-1, dtype=torch.float64).cpu(),
-        logp_ref_GK=logp_ref_GKT.sum(-1, dtype=torch.float64).cpu(),
-        log_z_G=log_z_G.cpu(),
-        metrics=metrics,
+        logp_GK=outcome.logp_GKT.sum(-1, dtype=torch.float64).cpu(),
+        logp_ref_GK=outcome.logp_ref_GKT.sum(-1, dtype=torch.float64).cpu(),
+        log_z_G=outcome.verdict.log_z_G.cpu(),
+        metrics=outcome.verdict.metrics,
     )
-
-
-def _nothing(batch: Batch, logp_GKT: Tensor, logp_ref_GKT: Tensor) -> tuple[Tensor, dict[str, float], Tensor]:
-    """The objective of a rank that computes for the others' sake."""
-    return torch.zeros_like(logp_GKT), {}, torch.empty(0)
-
-
-def _part_logprobs(model: AdaptedModel, groups: Sequence[Group], batch: Batch, part: range) -> Tensor:
-    """Token log-probs of some completions of every group, as wide as those of all."""
-    if len(part) < batch.group_size:
-        own = pack_groups([replace(group, completions=group.completions[part.start : part.stop]) for group in groups], model)
-        logp_GKT = model.scorer.token_logprobs(own)
-        return functional.pad(logp_GKT, (0, batch.width - own.width))
-    return model.scorer.token_logprobs(batch)
 
 
 def _objective(
@@ -155,8 +115,8 @@ def _objective(
     batch: Batch,
     logp_GKT: Tensor,
     logp_ref_GKT: Tensor,
-) -> tuple[Tensor, dict[str, float], Tensor]:
-    """The loss's gradient with respect to each token's log-prob, its metrics, and the learned log Z that it took."""
+) -> Verdict:
+    """What the step's objective makes of a micro-batch's log-probs."""
     logp_GKT = logp_GKT.requires_grad_()
     log_z_G: Tensor | None = None
     if spec.kind == "ftb":
@@ -169,7 +129,8 @@ def _objective(
     else:
         samples = _samples(groups, batch, logp_GKT, logp_ref_GKT, reward_GK, mask_GK)
         scalar, metrics = BASELINES[spec.kind](samples, spec, denominator=denominator)
-    return torch.autograd.grad(scalar, logp_GKT)[0], metrics, torch.empty(0) if log_z_G is None else log_z_G
+    slope_GKT = torch.autograd.grad(scalar, logp_GKT)[0]
+    return Verdict(slope_GKT=slope_GKT, metrics=metrics, log_z_G=torch.empty(0) if log_z_G is None else log_z_G)
 
 
 def _in_order(values: Sequence[Tensor], parts: Sequence[_Part]) -> Tensor:
@@ -199,15 +160,10 @@ def _samples(groups: Sequence[Group], batch: Batch, logp_GKT: Tensor, logp_ref_G
 
 
 def _behaviour_tokens(groups: Sequence[Group], logp_GKT: Tensor) -> Tensor | None:
-    """What the sampler thought of each token, padded like the learner's own; None where it was not asked."""
+    """What the sampler thought of each token; None where it was not asked."""
     rows = [completion.token_logprobs for group in groups for completion in group.completions]
-    if any(row is None for row in rows):
-        return None
-    padded_BT = torch.zeros(len(rows), logp_GKT.shape[-1], dtype=torch.float64)
-    for place, row in enumerate(rows):
-        assert row is not None
-        padded_BT[place, : len(row)] = torch.tensor(row, dtype=torch.float64)
-    return padded_BT.view(logp_GKT.shape).to(logp_GKT.device)
+    known = [row for row in rows if row is not None]
+    return token_rows(known, like_GKT=logp_GKT.double()) if len(known) == len(rows) else None
 
 
 def _learn_log_z(model: AdaptedModel, groups: Sequence[Group], x_GK: Tensor, mask_GK: Tensor, log_z_G: Tensor, spec: ObjectiveSpec) -> dict[str, float]:
@@ -233,11 +189,6 @@ def policy_logprobs(model: AdaptedModel, groups: Sequence[Group], *, micro_batch
             logp_GK = model.scorer.completion_logprobs(pack_groups([groups[place] for place in places], model))
             values |= dict(zip(places, logp_GK.tolist(), strict=True))
     return [values[place] for place in range(len(groups))]
-
-
-def pack_groups(groups: Sequence[Group], model: AdaptedModel) -> Batch:
-    prompts = [group.prompt.token_ids for group in groups]
-    return pack(prompts, [[completion.token_ids for completion in group.completions] for group in groups], model.device)
 
 
 def _mismatch(groups: Sequence[Group], logp_GK: Tensor) -> dict[str, float]:

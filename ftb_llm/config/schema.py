@@ -273,6 +273,15 @@ class Learner(Section):
         "or in parts, twice: for the log-probs of all, then for the gradient. The gradient is the same for any value; memory grows with it.",
         ge=1,
     )
+    reference_actors: int = Fixed(
+        0,
+        "Actors that compute the reference's log-probs of each group once, when it is generated, so that the learner needs no pass for them; 0 leaves that to "
+        "the learner. They pay where the learner is the bottleneck and there is a machine to spare.",
+        ge=0,
+        le=1024,
+    )
+    reference_cpus: float = Fixed(1.0, "CPU cores that each reference actor reserves.", ge=0)
+    reference_gpus: float = Fixed(0.0, "GPUs that each reference actor reserves.", ge=0, le=1)
     recompute_activations: bool = Fixed(
         False, "Keep only the inputs of each layer for the backward pass and compute the rest again: a third more time, several times less memory."
     )

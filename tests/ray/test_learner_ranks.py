@@ -14,8 +14,9 @@ import ray
 
 from ftb_llm.config import Config
 from ftb_llm.errors import ProcessDied, RemoteError, SetupError
-from ftb_llm.remote import RemoteLearner, reserved
-from learner.ray_actor import LearnerActor
+from ftb_llm.remote import RemoteLearner, RemoteReference, reserved
+from learner.ray_actor import LearnerActor, ReferenceActor
+from learner.reference import Reference
 from tests import tiny_llama
 
 RANKS = {"groups_per_step": 4, "micro_batch_tokens": 20, "ranks": 2, "cpus": 0.5, "sharding": "fsdp2", "collective_timeout_seconds": 10.0}
@@ -121,3 +122,17 @@ def test_a_place_that_no_node_has_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     refusal = r"learner\.placement: strict_spread finds no place for learner\.ranks 2 with 0\.5 CPU each on this cluster's nodes; try pack"
     with pytest.raises(SetupError, match=refusal), reserved({"CPU": 0.5}, count=2, strategy="strict_spread"):
         pass
+
+
+async def test_reference_actors_score_groups_in_turn_and_a_dead_one_is_named(tmp_path: Path) -> None:
+    config = tiny_llama.tiny_config()
+    path = tiny_llama.build(tmp_path / "model")
+    handles = [ReferenceActor.options(num_cpus=0.5).remote(config, model_path=path) for _ in range(2)]  # type: ignore[attr-defined]
+    remote, own = RemoteReference(handles), Reference(config, path)
+    await remote.start()
+    groups = [tiny_llama.scored_group(seed).group for seed in range(3)]
+    for group, rows in zip(groups, await asyncio.gather(*(remote.score(group) for group in groups)), strict=True):
+        assert [value for row in rows for value in row] == pytest.approx([value for row in own.score(group) for value in row], abs=1e-5)
+    await remote.stop()
+    with pytest.raises(ProcessDied, match="a reference actor died"):
+        await remote.score(groups[0])

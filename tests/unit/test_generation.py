@@ -42,6 +42,7 @@ def generation(tmp_path, **sections):
         prompts=PromptOrder([make_prompt()], seed=0, shuffle=False),
         buffer=GroupBuffer(capacity=4, journal=Journal(tmp_path / "run.db")),
         rewards=FakeRewards(),
+        reference=None,
         emit=lambda kind, message, **details: None,
     )
 

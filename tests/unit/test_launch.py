@@ -109,6 +109,7 @@ def test_a_run_leaves_its_folder(make: Callable[..., Config], tmp_path: Path, fa
             {"learner": {"ranks": 2, "cpus": 0.5, "gpus": 1}},
             r"actors\.gpus_each: 1 x 0 plus learner\.ranks 2 x learner\.gpus 1 are 2 GPUs, .* lower actors\.count, actors\.gpus_each, learner\.ranks or",
         ),
+        ({"learner": {"reference_actors": 3, "reference_cpus": 10_000}}, r"plus learner\.cpus 1 plus 3 x learner\.reference_cpus 10000 are 30002 cores"),
         ({"learner": {"ranks": 2, "cpus": 10_000}}, r"actors\.cpus_each: 1 x 1 plus learner\.ranks 2 x learner\.cpus 10000 are 20001 cores"),
         ({"actors": {"cpus_each": 10_000}}, r"actors\.cpus_each: .* lower actors\.count"),
         ({"control": {"token_env": "NO_TOKEN_HERE"}}, r"control\.token_env: the environment variable NO_TOKEN_HERE is not set"),
