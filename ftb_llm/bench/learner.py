@@ -31,7 +31,7 @@ from ftb_llm.errors import FtbError
 from ftb_llm.machine import core_count
 
 WARMUP = 1  # steps of each turn that are not counted
-TURNS = 2
+TURNS = 2  # that `steps` is shared out over; a case may take fewer
 PROCESS_SECONDS = 1200.0
 BUSY = 0.2  # cores: where others use more, times say little
 Row = dict[str, Any]
@@ -51,8 +51,8 @@ def measure(cases: Sequence[Case], *, steps: int, threads: int, call: Call, mode
 
 
 def measure_case(case: Case, *, steps: int, threads: int, call: Call, model_path: Path, say: Callable[[str], None]) -> list[Row]:
-    turns = min(TURNS, steps)
-    spec = case.spec(model_path=str(model_path), warmup=WARMUP, steps=-(-steps // turns), threads=threads)
+    turns = min(case.turns, steps)
+    spec = case.spec(model_path=str(model_path), warmup=WARMUP, steps=-(-steps // TURNS), threads=threads)
     found: dict[str, list[Found]] = {name: [] for name in CONTENDERS}
     failed: dict[str, str] = {}
     for _ in range(turns):
