@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from ftb_llm.bench.random_model import ensure_model
-from ftb_llm.bench.ranks import measure, measure_in_a_process, pairs, ranks_tables, summary
+from ftb_llm.bench.ranks import measure, pairs, ranks_tables, row_of, summary
 from ftb_llm.bench.step_cases import RANK_CASES, Case, Shape
 from ftb_llm.config import Config
+from learner.rank_bench import run
 
-CASE = Case(size="tiny", shape=Shape(hidden=128, layers=2, vocabulary=96, rank=4), groups=3, group_size=2, prompt_tokens=4, completion_tokens=4)
+SHAPE = Shape(hidden=128, layers=2, vocabulary=96, rank=4)
+CASE = Case(size="tiny", shape=SHAPE, groups=3, group_size=2, prompt_tokens=4, completion_tokens=4)
 MANY = 1000  # ranks, more than any machine's cores
 
 
@@ -101,10 +103,10 @@ def test_the_cases_have_more_groups_than_ranks_and_fit_one_micro_batch_of_a_rank
 
 def test_two_real_ranks_come_to_the_adapter_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FTB_LLM_CACHE", str(tmp_path))
-    told = measure(CASE, counts=[2], steps=2, call=measure_in_a_process, model=ensure_model, say=lambda line: None)
-    alone, *several = told["rows"]
+    spec = CASE.spec(model_path=str(ensure_model(CASE.shape)), warmup=1, steps=2, threads=1)
+    spec |= {"sharding": "replicated", "adapter": str(tmp_path / "alone.safetensors")}
+    alone, two = (row_of(CASE, spec | {"ranks": ranks}, run(spec | {"ranks": ranks}) | {"others_cores": 0.0}) for ranks in (1, 2))
     assert (alone["communication_seconds"], alone["adapter_difference"]) == (0.0, 0.0)
-    for row in several:
-        assert 0 < row["communication_seconds"] + row["wait_seconds"] < 2 * row["seconds"]
-        assert row["gradient_bytes"] == 4 * CASE.shape.rank * CASE.shape.layers * sum(wide + out for wide, out in CASE.shape.linear_layers.values())
-        assert row["adapter_difference"] < 1e-5
+    assert 0 < two["communication_share"] + two["wait_share"] < 1
+    assert two["gradient_bytes"] == 4 * SHAPE.rank * SHAPE.layers * sum(wide + out for wide, out in SHAPE.linear_layers.values())
+    assert two["adapter_difference"] < 1e-5
