@@ -40,28 +40,28 @@ def our_step(model: AdaptedModel, config: Config, request: StepRequest) -> StepR
 
 
 def ours(spec: Spec) -> Step:
-    config = build_config(
-        {
-            "run": {"seed": spec["seed"]},
-            "model": {"lora": {"rank": spec["rank"], "alpha": spec["alpha"]}},
-            "learner": {"learning_rate": spec["learning_rate"], "adam_beta1": spec["adam_betas"][0], "adam_beta2": spec["adam_betas"][1]},
-        }
-    )
+    config = our_config(spec)
     model = AdaptedModel(config, Path(spec["model_path"]))
     groups = scored_groups(spec)
+    return lambda number: our_step(model, config, our_request(spec, groups, number)).loss
 
-    def step(number: int) -> float:
-        request = StepRequest(
-            step=number,
-            config_version=1,
-            objective=objective(spec),
-            learning_rate=spec["learning_rate"],
-            max_grad_norm=spec["max_grad_norm"],
-            groups=groups,
-        )
-        return our_step(model, config, request).loss
 
-    return step
+def our_config(spec: Spec, **learner: Any) -> Config:
+    """The spec as a config, with further settings of the section `learner`."""
+    optimizer = {"learning_rate": spec["learning_rate"], "adam_beta1": spec["adam_betas"][0], "adam_beta2": spec["adam_betas"][1]}
+    lora = {"rank": spec["rank"], "alpha": spec["alpha"]}
+    return build_config({"run": {"seed": spec["seed"]}, "model": {"lora": lora}, "learner": optimizer | learner})
+
+
+def our_request(spec: Spec, groups: tuple[ScoredGroup, ...], number: int) -> StepRequest:
+    return StepRequest(
+        step=number,
+        config_version=1,
+        objective=objective(spec),
+        learning_rate=spec["learning_rate"],
+        max_grad_norm=spec["max_grad_norm"],
+        groups=groups,
+    )
 
 
 def full_logits(spec: Spec) -> Step:

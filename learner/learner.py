@@ -49,9 +49,7 @@ class Learner:
             raise WrongState(f"step {request.step} was asked for, but the last one taken is {self._step}")
         report = take_step(self._model, request, micro_batch_tokens=self._config.learner.micro_batch_tokens)
         self._step = request.step
-        seconds = self._model.ranks.take_communication_seconds()
-        if self._model.ranks.count > 1:
-            report = replace(report, metrics=report.metrics | {"time/communication_seconds": seconds})
+        report = replace(report, metrics=report.metrics | self._model.ranks.take_metrics())
         return report if self._answers else None
 
     def publish(self, version: int) -> tuple[AdapterRef, bytes] | tuple[None, None]:

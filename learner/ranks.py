@@ -24,11 +24,17 @@ class Ranks:
     There is no DistributedDataParallel: it would start a reduction in every backward pass, of which a step has one per
     micro-batch, and again for parameters that a micro-batch did not reach. The gradients of a LoRA adapter are small, so one
     sum over all of them, once per step, is data parallelism with the least to say, and it leaves the model unwrapped.
+
+    Before each exchange the ranks meet at a barrier. An exchange ends for nobody before the slowest rank has begun it; without
+    the barrier its time would hold the wait for that rank, and nobody could tell uneven shares from a slow network. A barrier
+    costs one more message without content, twice a step, and nothing else: the exchange could not have begun earlier.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.rank: int = accelerator.process_index
         self.count: int = accelerator.num_processes
+        self._accelerator = accelerator
+        self._wait_seconds = 0.0
         self._communication_seconds = 0.0
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -43,28 +49,47 @@ class Ranks:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in trainable if parameter.grad is not None]
+        self._wait_seconds += self._meet()
         began = time.perf_counter()
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         dist.all_reduce(flat)
         torch._foreach_copy_(gradients, [part.view_as(own) for part, own in zip(flat.split([g.numel() for g in gradients]), gradients, strict=True)])
-        if flat.is_cuda:
-            torch.cuda.synchronize(flat.device)
+        self._finish_computing()
         self._communication_seconds += time.perf_counter() - began
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, in the order of the ranks, on every rank."""
+        """Every rank's value, in the order of the ranks, on every rank.
+
+        The waits travel along, and the longest one counts: the slowest rank, which may be the one that reports, waits for nobody.
+        """
         if self.count == 1:
             return [value]
+        waited = self._meet()
         began = time.perf_counter()
-        values: list[Any] = [None] * self.count
-        dist.all_gather_object(values, value)
+        told: list[Any] = [None] * self.count
+        dist.all_gather_object(told, (waited, value))
         self._communication_seconds += time.perf_counter() - began
-        return values
+        self._wait_seconds += max(seconds for seconds, _ in told)
+        return [value for _, value in told]
 
-    def take_communication_seconds(self) -> float:
-        """Seconds spent here since the last call; the wait for slower ranks is among them."""
-        seconds, self._communication_seconds = self._communication_seconds, 0.0
-        return seconds
+    def take_metrics(self) -> dict[str, float]:
+        """Seconds since the last call that were lost to uneven ranks, and that their exchanges took; nothing where there is one rank."""
+        if self.count == 1:
+            return {}
+        metrics = {"time/rank_wait_seconds": self._wait_seconds, "time/communication_seconds": self._communication_seconds}
+        self._wait_seconds = self._communication_seconds = 0.0
+        return metrics
+
+    def _meet(self) -> float:
+        """Go on when every rank is here; returns the seconds that took. What this rank's own GPU still computes is not among them."""
+        self._finish_computing()
+        began = time.perf_counter()
+        self._accelerator.wait_for_everyone()
+        return time.perf_counter() - began
+
+    def _finish_computing(self) -> None:
+        if self._accelerator.device.type == "cuda":
+            torch.cuda.synchronize(self._accelerator.device)
 
 
 def free_address(host: str) -> str:

@@ -1,5 +1,6 @@
 """What the processes of `tests/unit/test_ranks.py` do: each is one rank of a gloo group on this machine."""
 
+import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -20,6 +21,7 @@ from tests import tiny_llama
 STEPS, CHANGE_AT = 20, 11
 BUDGET = 20  # some groups are larger than that; and five groups leave ranks without any: under fsdp2 they take passes for the others
 SHARDINGS = ("replicated", "fsdp2")
+LATE_SECONDS = 0.5
 _TIMEOUT_SECONDS = 120.0  # of a machine that others use as well
 
 State = dict[str, Tensor]
@@ -31,7 +33,7 @@ class RankResult:
 
     gathered: list[str]
     gradients: list[list[float]]
-    communication_seconds: float
+    seconds: dict[str, float]  # of the gather alone; the first rank came to it LATE_SECONDS after the others
     adapters: dict[str, State]  # after STEPS steps, by sharding
     held: dict[str, int]  # base numbers that this rank holds, by sharding
     body_difference: float  # of the gradients by way of the decoder's body and the head's weight, under fsdp2
@@ -56,13 +58,16 @@ def _be_rank(rank: int, count: int, address: str, path: Path, run_dir: Path) -> 
         model = AdaptedModel(config_of(count, sharding), path)
         train(model, change_at=CHANGE_AT)
         adapters[sharding], held[sharding] = model.adapter_state(), _held(model)
-    model.ranks.take_communication_seconds()
+    dist.barrier()
+    model.ranks.take_metrics()
+    if rank == 0:
+        time.sleep(LATE_SECONDS)  # the slow rank, whose lateness is what is measured
     gathered = model.ranks.gather(f"rank {model.ranks.rank} of {model.ranks.count}")
-    seconds = model.ranks.take_communication_seconds()
+    seconds = model.ranks.take_metrics()
     result = RankResult(
         gathered=gathered,
         gradients=_summed(model, rank),
-        communication_seconds=seconds,
+        seconds=seconds,
         adapters=adapters,
         held=held,
         body_difference=_body_difference(model),

@@ -1,4 +1,4 @@
-"""What `ftb-llm bench learner` measures: models of given shapes, and samples of given lengths."""
+"""What `ftb-llm bench learner` and `ftb-llm bench ranks` measure: models of given shapes, and samples of given lengths."""
 
 import random
 from dataclasses import asdict, dataclass
@@ -115,4 +115,8 @@ CASES = (
     Case(size="vocabulary", shape=VOCABULARY, groups=1, group_size=4, prompt_tokens=64, completion_tokens=512, turns=1),  # for its memory
 )
 SIZES = tuple(dict.fromkeys(case.size for case in CASES))
+RANK_CASES = {
+    size: Case(size=size, shape=shape, groups=8, group_size=4, prompt_tokens=64, completion_tokens=64)
+    for size, shape in (("tiny", TINY), ("small", SMALL), ("large", LARGE))
+}  # a step that ranks share, by size
 HEADLINES = ("small", "large", "tiny")  # the speed-ups in the summary are those of the first of these that was measured

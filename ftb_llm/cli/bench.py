@@ -1,4 +1,4 @@
-"""`ftb-llm bench ...`: measure staleness, divergences, the cost of the losses, the quickstart per divergence, and the learner's step."""
+"""`ftb-llm bench ...`: measure staleness, divergences, the cost of the losses, the quickstart per divergence, the learner's step, and its ranks."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftb_llm.bench.spec import BASELINES, MEMBERS, SET_IN_RUNS, SET_IN_TRIALS, TASK_SETTINGS, check_words
-from ftb_llm.bench.step_cases import CASES, SIZES
+from ftb_llm.bench.step_cases import CASES, RANK_CASES, SIZES
 from ftb_llm.cli.command import Command, UsageError, add_json, print_json, print_table
 
 if TYPE_CHECKING:
@@ -52,6 +52,14 @@ def configure_learner(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=_positive, default=4, metavar="N", help="timed steps of each contender, in two turns (default: 4)")
     parser.add_argument("--no-trl", action="store_true", help="leave TRL out, which otherwise gets an environment of its own in the cache folder")
     parser.add_argument("--out", type=Path, default=Path("bench/learner"), metavar="DIR", help="folder of the results (bench/learner)")
+    add_json(parser)
+
+
+def configure_ranks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ranks", type=_numbers, default=[1, 2, 4], metavar="LIST", help="how many ranks; 1 is measured in any case (default: 1,2,4)")
+    parser.add_argument("--steps", type=_positive, default=3, metavar="N", help="timed steps, after one that warms up (default: 3)")
+    parser.add_argument("--size", default="small", metavar="SIZE", help=f"{', '.join(RANK_CASES)} (default: small)")
+    parser.add_argument("--out", type=Path, default=Path("bench/ranks"), metavar="DIR", help="folder of the results (bench/ranks)")
     add_json(parser)
 
 
@@ -115,6 +123,21 @@ def run_learner(args: argparse.Namespace) -> int:
     trl = "left out with --no-trl" if args.no_trl else interpreter(_say)
     found = measure(cases, steps=args.steps, threads=core_count(), call=caller(trl), model=built_model, say=_say)
     _publish(args, found, learner_tables(found), learner_picture(found))
+    return 0
+
+
+def run_ranks(args: argparse.Namespace) -> int:
+    from ftb_llm.bench.learner import built_model
+    from ftb_llm.bench.ranks import measure, measure_in_a_process, ranks_tables
+
+    if args.size not in RANK_CASES:
+        raise UsageError(f"argument --size: {args.size} is no size; the sizes are {', '.join(RANK_CASES)}")
+    case = RANK_CASES[args.size]
+    for count in args.ranks:
+        if not 1 <= count <= case.groups:
+            raise UsageError(f"argument --ranks: {count} is wrong: a step has {case.groups} groups to share, so it should be 1 to {case.groups}")
+    found = measure(case, counts=args.ranks, steps=args.steps, call=measure_in_a_process, model=built_model, say=_say)
+    _publish(args, found, ranks_tables(found), None)
     return 0
 
 
@@ -241,5 +264,14 @@ COMMANDS = (
         "and our step against the machine's matrix products. Writes rows.json, table.md and plot.svg.",
         configure=configure_learner,
         run=run_learner,
+    ),
+    Command(
+        name="bench ranks",
+        help="what several learner ranks tell each other, as a share of the step",
+        description="Takes the same optimizer steps with one rank and with several on this machine, replicated and sharded, each rank a process of its own: "
+        "seconds a step, shares of communication and of waiting, tokens per second, and how far the adapter is from one rank's. "
+        "Writes rows.json and table.md.",
+        configure=configure_ranks,
+        run=run_ranks,
     ),
 )

@@ -83,6 +83,7 @@ def test_bench_alone_lists_its_commands(words: list[str], code: int, capsys: pyt
         "bench losses",
         "bench quickstart",
         "bench learner",
+        "bench ranks",
     ]
     assert printed.err == ""
 
@@ -106,8 +107,12 @@ def test_tables_follow_the_request_and_lags_rise(asked: list[TrialSpec], tmp_pat
     [
         (
             ["bench", "speed"],
-            "bench is the first word of bench staleness, bench divergences, bench losses, bench quickstart, bench learner; see ftb-llm bench --help",
+            "bench is the first word of bench staleness, bench divergences, bench losses, bench quickstart, bench learner, bench ranks; "
+            "see ftb-llm bench --help",
         ),
+        (["bench", "ranks", "--size", "huge"], "argument --size: huge is no size; the sizes are tiny, small, large"),
+        (["bench", "ranks", "--ranks", "1,9"], "argument --ranks: 9 is wrong: a step has 8 groups to share, so it should be 1 to 8"),
+        (["bench", "ranks", "--ranks", "0"], "argument --ranks: 0 is wrong: a step has 8 groups to share, so it should be 1 to 8"),
         (["bench", "staleness", "--tasks", "chess"], "argument --tasks: chess is no task; the tasks are hypergrid, sums"),
         (["bench", "staleness", "--objectives", "js,hel"], "--objectives: hel: 'hel' is no objective; the objectives are reverse_kl, forward_kl,"),
         (["bench", "staleness", "--lags", "0,x"], "argument --lags: '0,x' is wrong: it should be different whole numbers from 0, separated by commas"),

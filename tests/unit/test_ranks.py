@@ -11,8 +11,9 @@ from learner.learner import Learner
 from learner.model import AdaptedModel
 from learner.sharding import decoder_layers
 from tests import rank_jobs, tiny_llama
-from tests.rank_jobs import CHANGE_AT, SHARDINGS, RankResult, State
+from tests.rank_jobs import CHANGE_AT, LATE_SECONDS, SHARDINGS, RankResult, State
 
+SECONDS = {"time/rank_wait_seconds", "time/communication_seconds"}
 WITHIN = {"rtol": 0.0, "atol": 1e-6}
 
 
@@ -55,7 +56,14 @@ def test_gradients_are_summed_and_missing_ones_are_zeros(ranks: list[RankResult]
 def test_values_are_gathered_in_the_order_of_the_ranks(ranks: list[RankResult]) -> None:
     for result in ranks:
         assert result.gathered == [f"rank {rank} of {len(ranks)}" for rank in range(len(ranks))]
-        assert result.communication_seconds > 0
+
+
+def test_the_longest_wait_is_told_apart_from_the_exchange_and_on_every_rank(ranks: list[RankResult]) -> None:
+    """The late rank itself waited for nobody, and says all the same how long the others did."""
+    waits = {result.seconds["time/rank_wait_seconds"] for result in ranks}
+    assert len(waits) == 1
+    assert waits.pop() > LATE_SECONDS / 2
+    assert all(result.seconds["time/communication_seconds"] > 0 for result in ranks)
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
@@ -92,7 +100,8 @@ def test_rank_0_writes_and_answers(ranks: list[RankResult], path: Path, tmp_path
         assert {name for name, answer in answers.items() if answer is not None} == {"loaded"}
         assert answers["loaded"] == first["loaded"] == 1
     assert first["step"].loss == pytest.approx(expected["step"].loss, abs=1e-6)
-    assert first["step"].metrics["time/communication_seconds"] >= 0
+    assert all(first["step"].metrics[name] > 0 for name in SECONDS)
+    assert not SECONDS & set(expected["step"].metrics)
     assert first["adapter"].canary.adapted == pytest.approx(expected["adapter"].canary.adapted, abs=1e-4)
     assert Path(first["adapter"].path, "adapter_model.safetensors").read_bytes() == first["payload"]
     assert Path(first["save_checkpoint"]).is_dir()
@@ -104,7 +113,7 @@ def test_a_rank_alone_sums_and_gathers_nothing(path: Path) -> None:
     ranks = AdaptedModel(rank_jobs.config_of(1, "replicated"), path).ranks
     parameter = torch.nn.Parameter(torch.zeros(1))
     ranks.sum_gradients([parameter])
-    assert (ranks.rank, ranks.count, parameter.grad, ranks.gather("mine"), ranks.take_communication_seconds()) == (0, 1, None, ["mine"], 0.0)
+    assert (ranks.rank, ranks.count, parameter.grad, ranks.gather("mine"), ranks.take_metrics()) == (0, 1, None, ["mine"], {})
 
 
 def test_a_learner_does_not_train_alone_what_many_should(path: Path, tmp_path: Path) -> None:
