@@ -43,8 +43,14 @@ def ours(spec: Spec) -> Step:
     config = build_config(
         {
             "run": {"seed": spec["seed"]},
-            "model": {"lora": {"rank": spec["rank"], "alpha": spec["alpha"]}},
-            "learner": {"learning_rate": spec["learning_rate"], "adam_beta1": spec["adam_betas"][0], "adam_beta2": spec["adam_betas"][1]},
+            "model": {"lora": {"rank": spec["rank"], "alpha": spec["alpha"]}, **spec.get("model", {})},
+            "learner": {
+                "learning_rate": spec["learning_rate"],
+                "adam_beta1": spec["adam_betas"][0],
+                "adam_beta2": spec["adam_betas"][1],
+                **spec.get("learner", {}),
+            },
+            "actors": spec.get("actors", {}),
         }
     )
     model = AdaptedModel(config, Path(spec["model_path"]))

@@ -1,4 +1,4 @@
-"""`ftb-llm bench ...`: measure staleness, divergences, the cost of the losses, the quickstart per divergence, and the learner's step."""
+"""`ftb-llm bench ...`: measure staleness, divergences, the cost of the losses, the quickstart per divergence, and the learner's step, on a GPU too."""
 
 import argparse
 import json
@@ -52,6 +52,12 @@ def configure_learner(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=_positive, default=4, metavar="N", help="timed steps of each contender, in two turns (default: 4)")
     parser.add_argument("--no-trl", action="store_true", help="leave TRL out, which otherwise gets an environment of its own in the cache folder")
     parser.add_argument("--out", type=Path, default=Path("bench/learner"), metavar="DIR", help="folder of the results (bench/learner)")
+    add_json(parser)
+
+
+def configure_gpu(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=_positive, default=5, metavar="N", help="timed steps (default: 5)")
+    parser.add_argument("--out", type=Path, default=Path("bench/gpu"), metavar="DIR", help="folder of the results (bench/gpu)")
     add_json(parser)
 
 
@@ -115,6 +121,20 @@ def run_learner(args: argparse.Namespace) -> int:
     trl = "left out with --no-trl" if args.no_trl else interpreter(_say)
     found = measure(cases, steps=args.steps, threads=core_count(), call=caller(trl), model=built_model, say=_say)
     _publish(args, found, learner_tables(found), learner_picture(found))
+    return 0
+
+
+def run_gpu(args: argparse.Namespace) -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UsageError("bench gpu needs a CUDA device, and torch finds none on this machine")
+    from ftb_llm.bench.gpu import CASE, VOCABULARIES, gpu_tables, in_its_process, measure
+    from ftb_llm.bench.learner import built_model
+    from ftb_llm.machine import core_count
+
+    found = measure(CASE, VOCABULARIES, steps=args.steps, threads=core_count(), model=built_model, call=in_its_process, say=_say)
+    _publish(args, found, gpu_tables(found), None)
     return 0
 
 
@@ -241,5 +261,13 @@ COMMANDS = (
         "and our step against the machine's matrix products. Writes rows.json, table.md and plot.svg.",
         configure=configure_learner,
         run=run_learner,
+    ),
+    Command(
+        name="bench gpu",
+        help="the learner's step and its kernels on a CUDA device",
+        description="Times whole optimizer steps of a random model of 1.5 billion parameters in bfloat16 against the device's matrix products, with peak memory, "
+        "and the head and the attention beside others. Needs a CUDA device. Writes rows.json and table.md.",
+        configure=configure_gpu,
+        run=run_gpu,
     ),
 )

@@ -83,6 +83,7 @@ def test_bench_alone_lists_its_commands(words: list[str], code: int, capsys: pyt
         "bench losses",
         "bench quickstart",
         "bench learner",
+        "bench gpu",
     ]
     assert printed.err == ""
 
@@ -106,7 +107,7 @@ def test_tables_follow_the_request_and_lags_rise(asked: list[TrialSpec], tmp_pat
     [
         (
             ["bench", "speed"],
-            "bench is the first word of bench staleness, bench divergences, bench losses, bench quickstart, bench learner; see ftb-llm bench --help",
+            "bench is the first word of bench staleness, bench divergences, bench losses, bench quickstart, bench learner, bench gpu; see ftb-llm bench --help",
         ),
         (["bench", "staleness", "--tasks", "chess"], "argument --tasks: chess is no task; the tasks are hypergrid, sums"),
         (["bench", "staleness", "--objectives", "js,hel"], "--objectives: hel: 'hel' is no objective; the objectives are reverse_kl, forward_kl,"),
