@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,7 @@ def step_row(part: str, spec: dict[str, Any], device: torch.device) -> Row:
     return attempt({"part": part, "name": spec["name"], "loaded_bytes": None, "losses": None}, measure)
 
 
-def head_rows(
-    *, places: int, width: int, vocabulary: int, chunk_mib: Sequence[int], dtype: torch.dtype, device: torch.device, repeats: int
-) -> list[Row]:
+def head_rows(*, places: int, width: int, vocabulary: int, chunk_mib: Sequence[int], dtype: torch.dtype, device: torch.device, repeats: int) -> list[Row]:
     """Log-probs of one token at each place and their gradient: ours by chunk, all logits at once, and Liger's kernel where it is installed."""
     head = nn.Linear(width, vocabulary, bias=False, dtype=dtype, device=device).requires_grad_(False)
     hidden_SD = torch.randn(places, width, dtype=dtype, device=device, requires_grad=True)
@@ -73,7 +72,7 @@ def head_rows(
         return gradient(head(hidden_SD).float().log_softmax(-1).gather(-1, target_S.unsqueeze(-1)).sum())
 
     works: dict[str, Work] = {f"ours, {mib} MiB": chunked(mib) for mib in chunk_mib} | {"all logits": naive}
-    rows = [attempt({"part": "head", "name": name}, lambda work=work: measured(work, device, repeats=repeats)) for name, work in works.items()]
+    rows = [attempt({"part": "head", "name": name}, partial(measured, work, device, repeats=repeats)) for name, work in works.items()]
     return [*rows, liger_row(head, hidden_SD, target_S, repeats=repeats)]
 
 

@@ -1,6 +1,6 @@
 """`ftb-llm bench gpu`: the learner's step on a CUDA device against that device's matrix products, and its parts beside others.
 
-    spec -> a process of its own (learner/gpu_bench.py) -> one JSON line -> shares of the device's rate, tables
+spec -> a process of its own (learner/gpu_bench.py) -> one JSON line -> shares of the device's rate, tables
 """
 
 import sys
@@ -109,7 +109,9 @@ def gpu_tables(found: Mapping[str, Any]) -> list[Table]:
         ["peak above it, GiB", gib(found["step_bytes"])],
         ["peak above the model, large vocabulary / small", number(found["peak_memory_ratio_of_vocabularies"], ".3f")],
     ]
-    body = [[row["part"], row["name"], number(row["seconds"] and 1e3 * row["seconds"], ",.2f"), gib(row["peak_bytes"]), row["error"] or ""] for row in found["rows"]]
+    body = [
+        [row["part"], row["name"], number(row["seconds"] and 1e3 * row["seconds"], ",.2f"), gib(row["peak_bytes"]), row["error"] or ""] for row in found["rows"]
+    ]
     device = found["device"]
     where = f"{device['name']}, torch {device['versions']['torch']}, {found['machine']['date'][:10]}"
     return [

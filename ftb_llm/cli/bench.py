@@ -265,8 +265,8 @@ COMMANDS = (
     Command(
         name="bench gpu",
         help="the learner's step and its kernels on a CUDA device",
-        description="Times whole optimizer steps of a random model of 1.5 billion parameters in bfloat16 against the device's matrix products, with peak memory, "
-        "and the head and the attention beside others. Needs a CUDA device. Writes rows.json and table.md.",
+        description="Times whole optimizer steps of a random model of 1.5 billion parameters in bfloat16 against the device's matrix products, "
+        "with peak memory, and the head and the attention beside others. Needs a CUDA device. Writes rows.json and table.md.",
         configure=configure_gpu,
         run=run_gpu,
     ),
