@@ -81,6 +81,8 @@ def liger_row(head: nn.Linear, hidden_SD: Tensor, target_S: Tensor, *, repeats: 
     row: Row = {"part": "head", "name": "Liger"}
     if importlib.util.find_spec("liger_kernel") is None:
         return row | nothing("liger_kernel is not installed")
+    if hidden_SD.device.type != "cuda":
+        return row | nothing("Liger's kernels need a CUDA device")
     loss = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss(reduction="sum")
     return attempt(row, lambda: measured(lambda: torch.autograd.grad(loss(head.weight, hidden_SD, target_S), hidden_SD), hidden_SD.device, repeats=repeats))
 

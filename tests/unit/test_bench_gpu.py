@@ -82,10 +82,11 @@ def test_a_row_that_runs_out_of_memory_says_so() -> None:
     assert row["seconds"] is row["peak_bytes"] is None
 
 
-def test_liger_is_left_out_where_it_is_not_installed() -> None:
+def test_liger_is_left_out_where_it_can_not_run() -> None:
     rows = head_rows(places=4, width=8, vocabulary=16, chunk_mib=[1], dtype=torch.float32, device=CPU, repeats=1)
     assert rows[-1]["name"] == "Liger"
-    assert rows[-1]["error"] == "liger_kernel is not installed"
+    assert rows[-1]["error"] in ("liger_kernel is not installed", "Liger's kernels need a CUDA device")
+    assert rows[-1]["seconds"] is None
 
 
 def test_attention_is_timed_in_both_forms() -> None:
