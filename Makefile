@@ -15,7 +15,7 @@ OTHER := $(filter-out $(STAMP),$(wildcard $(VENV)/.setup-*))
 PINS  := requirements/$(EXTRA).txt requirements/dev.txt
 PIP   := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps
 
-.PHONY: help setup train-async bench test test-unit check lock-check docs clean
+.PHONY: help setup train-async bench bench-gpu test test-unit test-gpu check lock-check docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -39,11 +39,17 @@ train-async: setup ## run the main job (CONFIG=configs/quickstart.yaml, ARGS="ob
 bench: setup ## run a benchmark (ARGS="staleness --seeds 0"); docs/cli.md names them
 	@exec $(BIN)/ftb-llm bench $(or $(ARGS),staleness)
 
+bench-gpu: setup ## time the learner's step on a CUDA device (EXTRA=gpu, ARGS="--steps 10")
+	@exec $(BIN)/ftb-llm bench gpu $(ARGS)
+
 test: setup ## run all tests but those that need a GPU (ARGS="-k name")
 	@$(BIN)/python -m pytest -m "not gpu" $(ARGS)
 
 test-unit: setup ## run the fast tests only
 	@$(BIN)/python -m pytest tests/unit $(ARGS)
+
+test-gpu: setup ## run the tests that need a GPU; without one they are skipped (EXTRA=gpu)
+	@$(BIN)/python -m pytest tests/gpu $(ARGS)
 
 check: setup ## lint, format, types, pins
 	@$(BIN)/ruff check .

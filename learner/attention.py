@@ -137,7 +137,9 @@ def _attend_backward(
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         d_query, d_key, d_value = backward(grad, query, key, value, out, lse, 0.0, causal, scale=scale)
         return d_query, d_key, d_value
-    padded = nn.functional.pad(lse, (0, -lse.shape[-1] % 32))  # the kernel's own alignment
+    # As the kernel's forward leaves it: rows a multiple of 32 long, and infinity, so a weight of zero, where there is no query.
+    padded = nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf).contiguous()
+    out = out.transpose(1, 2).contiguous().transpose(1, 2)  # the kernel takes this layout for granted, and reads other places in any other
     seed = torch.zeros((), dtype=torch.long, device=query.device)  # of a dropout that is not there
     d_query, d_key, d_value, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
         grad, query, key, value, None, out, padded, seed, seed, 0.0, [True, True, True, False], causal, scale=scale

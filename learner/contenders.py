@@ -47,10 +47,17 @@ def ours(spec: Spec) -> Step:
 
 
 def our_config(spec: Spec, **learner: Any) -> Config:
-    """The spec as a config, with further settings of the section `learner`."""
+    """The spec as a config, with the sections that it has of its own and further settings of the section `learner`."""
     optimizer = {"learning_rate": spec["learning_rate"], "adam_beta1": spec["adam_betas"][0], "adam_beta2": spec["adam_betas"][1]}
     lora = {"rank": spec["rank"], "alpha": spec["alpha"]}
-    return build_config({"run": {"seed": spec["seed"]}, "model": {"lora": lora}, "learner": optimizer | learner})
+    return build_config(
+        {
+            "run": {"seed": spec["seed"]},
+            "model": {"lora": lora} | spec.get("model", {}),
+            "learner": optimizer | spec.get("learner", {}) | learner,
+            "actors": spec.get("actors", {}),
+        }
+    )
 
 
 def our_request(spec: Spec, groups: tuple[ScoredGroup, ...], number: int) -> StepRequest:

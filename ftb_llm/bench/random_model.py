@@ -51,17 +51,17 @@ def _build(shape: Shape, folder: Path) -> None:
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
-        num_key_value_heads=shape.key_value_width // 64,
+        num_key_value_heads=shape.key_value_width // shape.head_width,
         vocab_size=shape.vocabulary,
         max_position_embeddings=POSITIONS,
         initializer_range=0.02,
-        tie_word_embeddings=False,
+        tie_word_embeddings=shape.tied,
         bos_token_id=None,
         eos_token_id=1,
         pad_token_id=0,
     )
     torch.manual_seed(SEED)
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    Qwen2ForCausalLM(config).to(getattr(torch, shape.dtype)).save_pretrained(folder)
 
 
 if __name__ == "__main__":

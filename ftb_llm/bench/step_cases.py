@@ -10,24 +10,29 @@ CONTENDERS = ("ours", "full logits", "TRL")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """A random Qwen2: heads of 64, a quarter of them with keys and values of their own, a feed-forward four times as wide."""
+    """A random Qwen2: unless told otherwise, a quarter of the heads have keys and values of their own, and the feed-forward is four times as wide."""
 
     hidden: int
     layers: int
     vocabulary: int
     rank: int = 16
+    head_width: int = 64
+    key_value_heads: int | None = None
+    feed_forward: int | None = None
+    tied: bool = False
+    dtype: str = "float32"
 
     @property
     def intermediate(self) -> int:
-        return 4 * self.hidden
+        return self.feed_forward or 4 * self.hidden
 
     @property
     def heads(self) -> int:
-        return self.hidden // 64
+        return self.hidden // self.head_width
 
     @property
     def key_value_width(self) -> int:
-        return 64 * max(1, self.heads // 4)
+        return self.head_width * (self.key_value_heads or max(1, self.heads // 4))
 
     @property
     def linear_layers(self) -> dict[str, tuple[int, int]]:
@@ -38,8 +43,8 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """Of the two vocabulary matrices and the linear layers, which is all but a few."""
-        return 2 * self.vocabulary * self.hidden + self.layers * sum(wide * out for wide, out in self.linear_layers.values())
+        """Of the vocabulary matrices, one where they are tied, and the linear layers, which is all but a few."""
+        return (1 if self.tied else 2) * self.vocabulary * self.hidden + self.layers * sum(wide * out for wide, out in self.linear_layers.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

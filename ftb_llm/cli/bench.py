@@ -1,4 +1,4 @@
-"""`ftb-llm bench ...`: measure staleness, divergences, the cost of the losses, the quickstart per divergence, the learner's step, and its ranks."""
+"""`ftb-llm bench ...`: measure staleness, divergences, the cost of the losses, the quickstart, and the learner's step: beside others, on ranks, on a GPU."""
 
 import argparse
 import json
@@ -60,6 +60,12 @@ def configure_ranks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=_positive, default=3, metavar="N", help="timed steps, after one that warms up (default: 3)")
     parser.add_argument("--size", default="small", metavar="SIZE", help=f"{', '.join(RANK_CASES)} (default: small)")
     parser.add_argument("--out", type=Path, default=Path("bench/ranks"), metavar="DIR", help="folder of the results (bench/ranks)")
+    add_json(parser)
+
+
+def configure_gpu(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=_positive, default=5, metavar="N", help="timed steps (default: 5)")
+    parser.add_argument("--out", type=Path, default=Path("bench/gpu"), metavar="DIR", help="folder of the results (bench/gpu)")
     add_json(parser)
 
 
@@ -138,6 +144,20 @@ def run_ranks(args: argparse.Namespace) -> int:
             raise UsageError(f"argument --ranks: {count} is wrong: a step has {case.groups} groups to share, so it should be 1 to {case.groups}")
     found = measure(case, counts=args.ranks, steps=args.steps, call=measure_in_a_process, model=built_model, say=_say)
     _publish(args, found, ranks_tables(found), None)
+    return 0
+
+
+def run_gpu(args: argparse.Namespace) -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UsageError("bench gpu needs a CUDA device, and torch finds none on this machine")
+    from ftb_llm.bench.gpu import CASE, VOCABULARIES, gpu_tables, in_its_process, measure
+    from ftb_llm.bench.learner import built_model
+    from ftb_llm.machine import core_count
+
+    found = measure(CASE, VOCABULARIES, steps=args.steps, threads=core_count(), model=built_model, call=in_its_process, say=_say)
+    _publish(args, found, gpu_tables(found), None)
     return 0
 
 
@@ -273,5 +293,13 @@ COMMANDS = (
         "Writes rows.json and table.md.",
         configure=configure_ranks,
         run=run_ranks,
+    ),
+    Command(
+        name="bench gpu",
+        help="the learner's step and its kernels on a CUDA device",
+        description="Times whole optimizer steps of a random model of 1.5 billion parameters in bfloat16 against the device's matrix products, "
+        "with peak memory, and the head and the attention beside others. Needs a CUDA device. Writes rows.json and table.md.",
+        configure=configure_gpu,
+        run=run_gpu,
     ),
 )

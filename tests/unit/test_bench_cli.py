@@ -84,6 +84,7 @@ def test_bench_alone_lists_its_commands(words: list[str], code: int, capsys: pyt
         "bench quickstart",
         "bench learner",
         "bench ranks",
+        "bench gpu",
     ]
     assert printed.err == ""
 
@@ -107,7 +108,7 @@ def test_tables_follow_the_request_and_lags_rise(asked: list[TrialSpec], tmp_pat
     [
         (
             ["bench", "speed"],
-            "bench is the first word of bench staleness, bench divergences, bench losses, bench quickstart, bench learner, bench ranks; "
+            "bench is the first word of bench staleness, bench divergences, bench losses, bench quickstart, bench learner, bench ranks, bench gpu; "
             "see ftb-llm bench --help",
         ),
         (["bench", "ranks", "--size", "huge"], "argument --size: huge is no size; the sizes are tiny, small, large"),
