@@ -39,6 +39,10 @@ from ftb_llm.state import GeneratorPhase, GeneratorState, Phase, RunState
 from ftb_llm.status import run_status
 from ftb_llm.types import ScoredGroup, StepRequest
 
+_NOT_PACKED = (
+    "the model departs from transformers' conventions (a sliding window shorter than actors.max_model_len, capped logits, an attention of its own), "
+    "so the learner runs it row by row with full logits: exact, but slower, and with much more memory"
+)
 _DRAIN_SECONDS = 10.0  # how long a stop waits for groups that are being generated
 
 
@@ -154,7 +158,9 @@ class Controller:
 
     async def _start(self) -> None:
         self._progress.line("starting: engines load and warm up")
-        await asyncio.gather(self._learner.start(), *(port.start() for port in self._ports.values()))
+        learner, *_ = await asyncio.gather(self._learner.start(), *(port.start() for port in self._ports.values()))
+        if not learner.get("packed", True):
+            self.emit("warning", _NOT_PACKED)
         if self._resume_from is not None:
             await self._learner.load_checkpoint(str(self._resume_from))
             self._run_dir.forget_metrics_after(self.state.step)

@@ -74,6 +74,16 @@ async def test_a_run_goes_to_its_last_step_and_keeps_its_books(tmp_path):
     assert controller.facts["speed_after_push_ratio"] == 1.0
 
 
+async def test_a_model_that_takes_the_slow_way_is_a_warning(tmp_path):
+    class Slow(FakeLearner):
+        async def start(self):
+            return {"packed": False}
+
+    run = await Run(tmp_path / "slow", learner=Slow()).to_end()
+    assert ["full logits" in event["message"] for event in run.events("warning")] == [True]
+    assert not (await Run(tmp_path / "fast").to_end()).events("warning")
+
+
 async def test_every_group_is_a_different_one_of_the_prompt_order(tmp_path):
     run = await Run(tmp_path / "run").to_end()
     trained = [scored.group.id for request in run.learner.requests for scored in request.groups]
