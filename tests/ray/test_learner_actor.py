@@ -11,23 +11,12 @@ from learner.learner import Learner
 from learner.ray_actor import LearnerActor
 from tests import tiny_llama
 
+pytestmark = pytest.mark.usefixtures("local_ray")
+
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama.build(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
-    """A Ray of our own, unless whoever runs the tests has one up in this process already."""
-    if ray.is_initialized():
-        yield
-        return
-    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="warning", log_to_driver=False)
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 @pytest.fixture

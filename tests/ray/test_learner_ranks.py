@@ -19,21 +19,10 @@ from learner.ray_actor import LearnerActor, ReferenceActor
 from learner.reference import Reference
 from tests import tiny_llama
 
+pytestmark = pytest.mark.usefixtures("local_ray")
+
 RANKS = {"groups_per_step": 4, "micro_batch_tokens": 20, "ranks": 2, "cpus": 0.5, "sharding": "fsdp2", "collective_timeout_seconds": 10.0}
 WITHIN_SECONDS = 20.0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
-    """A Ray of our own, unless whoever runs the tests has one up in this process already."""
-    if ray.is_initialized():
-        yield
-        return
-    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="warning", log_to_driver=False)
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 @pytest.fixture
