@@ -1,8 +1,9 @@
-"""Log-probs of chosen tokens without the logits: the head is applied to a few places at a time.
+"""Log-probs of chosen tokens without the logits: the vocabulary is gone through a block at a time, for all places at once.
 
-For a frozen head the gradient with respect to a hidden state, `W[token] - softmax(W h) W`, does not depend on what the
-loss makes of the log-prob. So its dear half is computed while the logits are there, and nothing is computed twice.
-Shapes: `S` places, `M` tokens, each predicted at one of the places, `V` vocabulary, `D` width, `C` places of one chunk.
+The softmax is carried along as in flash attention, by its largest logit and its sum so far, so no block is computed twice and
+the head's weight is read once. For a frozen head the gradient with respect to a hidden state, `W[token] - softmax(W h) W`,
+does not depend on what the loss makes of the log-prob: its dear half is summed up along with the softmax.
+Shapes: `S` places, `M` tokens, each predicted at one of the places, `V` vocabulary, `C` words of a block, `D` width.
 """
 
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_BYTES = 64 * 2**20  # of float32 logits at a time
+CHUNK_BYTES = 32 * 2**20  # of float32 logits at a time
+ALIGNED = 256  # words: products of odd widths take a third longer
 
 
 def chosen_logprobs(head: nn.Module, hidden_SD: Tensor, source_M: Tensor, target_M: Tensor, *, float32: bool = False, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
@@ -32,6 +34,11 @@ def chosen_logprobs(head: nn.Module, hidden_SD: Tensor, source_M: Tensor, target
     return torch.cat(picked)[torch.cat(order).argsort()]
 
 
+def words_per_block(places: int, vocabulary: int, chunk_bytes: int) -> int:
+    words = chunk_bytes // (4 * places)
+    return max(1, min(vocabulary, words - words % ALIGNED if words > ALIGNED else words))
+
+
 def rows_per_chunk(vocabulary: int, chunk_bytes: int) -> int:
     return max(1, chunk_bytes // (4 * vocabulary))
 
@@ -50,28 +57,24 @@ def _adapted(head: nn.Module, hidden_CD: Tensor, source_M: Tensor, target_M: Ten
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, source: Tensor, target: Tensor, float32: bool, chunk_bytes: int) -> Tensor:
-        wanted = ctx.needs_input_grad[0]
-        if float32:
-            weight = weight.float()
-        hidden = hidden.to(weight.dtype)
-        rows = min(len(hidden), rows_per_chunk(len(weight), chunk_bytes))
-        buffer_CV = hidden.new_empty(rows, len(weight), dtype=torch.float32)
-        chosen_M = hidden.new_empty(len(source), dtype=torch.float32)
-        mean_SD = torch.empty_like(hidden) if wanted else None  # softmax W: the mean row of the head
-        for start in range(0, len(hidden), rows):
-            chunk_CD = hidden[start : start + rows]
-            logits_CV = _logits(chunk_CD, weight, bias, buffer_CV[: len(chunk_CD)])
-            own_M = ((source >= start) & (source < start + rows)).nonzero().squeeze(-1)
-            place_M = source[own_M] - start
-            scores_M = logits_CV[place_M, target[own_M]]
-            top_C1 = logits_CV.amax(-1, keepdim=True)
-            logits_CV.sub_(top_C1).exp_()
-            total_C1 = logits_CV.sum(-1, keepdim=True)
-            chosen_M[own_M] = scores_M - (top_C1 + total_C1.log()).squeeze(-1)[place_M]
-            if mean_SD is not None:
-                mean_SD[start : start + rows] = torch.mm(logits_CV.to(weight.dtype), weight) / total_C1.to(weight.dtype)
-        ctx.save_for_backward(weight, source, target, mean_SD)
-        return chosen_M
+        in_float32 = float32 or hidden.device.type == "cpu"  # whose kernels can't sum products of bfloat16 in float32
+        hidden_SD = hidden.to(torch.float32 if in_float32 else weight.dtype)
+        words = words_per_block(len(hidden), len(weight), chunk_bytes)
+        buffer = hidden.new_empty(len(hidden) * words, dtype=torch.float32)
+        score_M = hidden.new_empty(len(source), dtype=torch.float32)
+        softmax = _RunningSoftmax(hidden_SD, with_mean=ctx.needs_input_grad[0])
+        for start in range(0, len(weight), words):
+            block_CD = weight[start : start + words].to(hidden_SD.dtype)
+            logits_SC = buffer[: len(hidden) * len(block_CD)].view(len(hidden), -1)
+            _multiply(hidden_SD, block_CD.t(), out=logits_SC)
+            if bias is not None:
+                logits_SC += bias[start : start + words]
+            word_M = target - start
+            inside_M = (word_M >= 0) & (word_M < len(block_CD))
+            score_M = torch.where(inside_M, logits_SC[source, word_M.clamp(0, len(block_CD) - 1)], score_M)
+            softmax.add(logits_SC, block_CD)
+        ctx.save_for_backward(weight, source, target, None if softmax.mean_SD is None else softmax.mean_SD.to(hidden.dtype))
+        return score_M - softmax.log_sum_S[source]
 
     @staticmethod
     def backward(ctx: Any, grad_M: Tensor) -> tuple[Tensor | None, ...]:
@@ -82,15 +85,47 @@ class _FrozenHead(torch.autograd.Function):
         return grad_SD.to(mean_SD.dtype), None, None, None, None, None, None
 
 
-def _logits(hidden_CD: Tensor, weight: Tensor, bias: Tensor | None, out_CV: Tensor) -> Tensor:
-    """float32 logits, written into `out_CV`."""
-    if weight.dtype == torch.float32:
-        torch.mm(hidden_CD, weight.t(), out=out_CV)
-    elif weight.device.type == "cuda":
-        torch.mm(hidden_CD, weight.t(), out_dtype=torch.float32, out=out_CV)
+class _RunningSoftmax:
+    """Of logits that come block by block: the logarithm of their sum and, if wanted, the mean row of the head, softmax W."""
+
+    def __init__(self, hidden_SD: Tensor, *, with_mean: bool) -> None:
+        self._top_S1 = hidden_SD.new_full((len(hidden_SD), 1), -torch.inf, dtype=torch.float32)
+        self._total_S1 = torch.zeros_like(self._top_S1)
+        self._sum_SD = torch.zeros_like(hidden_SD, dtype=torch.float32) if with_mean else None
+
+    def add(self, logits_SC: Tensor, block_CD: Tensor) -> None:
+        """The logits are overwritten."""
+        top_S1 = torch.maximum(self._top_S1, logits_SC.amax(-1, keepdim=True))
+        shrink_S1 = (self._top_S1 - top_S1).exp_()
+        weight_SC = logits_SC.sub_(top_S1).exp_()
+        self._top_S1 = top_S1
+        self._total_S1.mul_(shrink_S1).add_(weight_SC.sum(-1, keepdim=True))
+        if self._sum_SD is not None:
+            _add_product(self._sum_SD.mul_(shrink_S1), weight_SC, block_CD)
+
+    @property
+    def log_sum_S(self) -> Tensor:
+        return (self._top_S1 + self._total_S1.log()).squeeze(-1)
+
+    @property
+    def mean_SD(self) -> Tensor | None:
+        return None if self._sum_SD is None else self._sum_SD / self._total_S1
+
+
+def _multiply(left: Tensor, right: Tensor, *, out: Tensor) -> None:
+    """Into a float32 tensor, whatever the factors are of."""
+    if left.dtype == torch.float32:
+        torch.mm(left, right, out=out)
     else:
-        out_CV.copy_(torch.mm(hidden_CD, weight.t()))
-    return out_CV if bias is None else out_CV.add_(bias)
+        torch.mm(left, right, out_dtype=torch.float32, out=out)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add `left right` to a float32 tensor, in the right factor's precision."""
+    if right.dtype == torch.float32:
+        total.addmm_(left, right)
+    else:
+        total += torch.mm(left.to(right.dtype), right, out_dtype=torch.float32)
 
 
 def _starts(sizes: list[int]) -> list[int]:

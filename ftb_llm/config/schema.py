@@ -285,7 +285,7 @@ class Learner(Section):
     recompute_activations: bool = Fixed(
         False, "Keep only the inputs of each layer for the backward pass and compute the rest again: a third more time, several times less memory."
     )
-    float32_head: bool = Fixed(False, "Multiply hidden states and head in float32 where model.dtype is bfloat16; sums are float32 in any case.")
+    float32_head: bool = Fixed(False, "Multiply in float32 in the head where model.dtype is bfloat16, as a CPU does anyway; sums are float32 in any case.")
     learning_rate: float = Live(3e-3, "Peak learning rate of AdamW.", gt=0, le=1)
     warmup_steps: int = Live(10, "Steps of linear warm-up.", ge=0, lt=2**31)
     decay: Literal["constant", "linear", "cosine"] = Live("cosine", "Shape of the decay from the warm-up's end to run.max_steps.")

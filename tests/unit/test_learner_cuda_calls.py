@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from learner.attention import _attend, _attend_backward
-from learner.head import _logits
+from learner.head import _add_product, _multiply
 
 
 @pytest.mark.parametrize("tokens", [1, 32, 40])
@@ -52,8 +52,9 @@ def test_the_backward_kernel_gets_the_layout_that_it_takes_for_granted(tokens: i
 
 
 def test_products_of_bfloat16_are_written_in_float32() -> None:
-    """`_logits` takes this overload where the weight is on CUDA; the meta device knows it, the CPU does not."""
+    """The head takes this overload where its weight is on CUDA; the meta device knows it, the CPU does not."""
     hidden, weight = (torch.empty(size, 8, dtype=torch.bfloat16, device="meta") for size in (5, 11))
-    out = torch.empty(6, 11, device="meta")[:5]
-    assert torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=out) is out
-    assert _logits(hidden, weight, None, out).dtype == torch.float32
+    logits = torch.empty(60, device="meta")[:55].view(5, 11)
+    _multiply(hidden, weight.t(), out=logits)
+    _add_product(torch.empty(5, 8, device="meta"), logits, weight)
+    assert torch.mm(hidden, weight.t(), out_dtype=torch.float32).dtype == torch.float32
