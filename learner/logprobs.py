@@ -43,6 +43,12 @@ class Scorer:
         """Log-prob of each token of each completion, `logp_GKT` in float32, zero beyond a completion's end."""
         return batch.spread(self._packed(batch) if self.packed else self._plain(batch))
 
+    def computed_places(self, batch: Batch) -> int:
+        """How many places a pass over the batch computes: its tokens, and what is padded or repeated."""
+        if self.packed:
+            return len(batch.ids_N) + batch.padding
+        return batch.count * max(len(batch.prompts[index // batch.group_size]) + len(own) for index, own in enumerate(batch.own))
+
     def _packed(self, batch: Batch) -> Tensor:
         hidden_ND = self._model.get_decoder()(
             input_ids=batch.ids_N.unsqueeze(0),
