@@ -17,8 +17,8 @@ def plan(groups: Sequence[Group], *, budget: int, ranks: int = 1) -> list[list[l
     """For each rank its micro-batches, each a list of places in `groups`.
 
     The largest groups go to the least loaded rank first. A micro-batch keeps within the budget unless it is one single group.
-    Groups of alike prompts and lengths stand together: equal prompts share their attention calls, and the padding inside
-    the attention of the completions stays small. Every rank that is asked with the same groups gets the same answer.
+    Groups of alike prompts and lengths stand together: equally long ones share their attention calls. Every rank that is
+    asked with the same groups gets the same answer.
     """
     loads = [0] * ranks
     shares: list[list[int]] = [[] for _ in range(ranks)]

@@ -43,6 +43,12 @@ class Scorer:
         """Log-prob of each token of each completion, `logp_GKT` in float32, zero beyond a completion's end."""
         return batch.spread(self._packed(batch) if self.packed else self._plain(batch))
 
+    def computed_places(self, batch: Batch) -> int:
+        """How many places a pass over the batch computes: its tokens, and what is padded or repeated."""
+        if self.packed:
+            return len(batch.ids_N) + batch.padding
+        return batch.count * max(len(batch.prompts[index // batch.group_size]) + len(own) for index, own in enumerate(batch.own))
+
     def _packed(self, batch: Batch) -> Tensor:
         hidden_ND = self._model.get_decoder()(
             input_ids=batch.ids_N.unsqueeze(0),
@@ -57,12 +63,11 @@ class Scorer:
         """Prompt and completion as one padded row each, as anyone would do it."""
         rows: list[Tensor] = []
         places: list[tuple[int, int]] = []
-        for run in batch.runs:
-            for index, (places_T, count) in enumerate(zip(run.own_BT, run.read_B.tolist(), strict=True)):
-                prompt_P = run.prompt_GP[index // batch.group_size]
-                row = torch.cat([prompt_P, places_T[:count]])
-                places += [(len(rows), place) for place in range(len(prompt_P) - 1, len(row))]
-                rows.append(batch.ids_N[row])
+        for index, own in enumerate(batch.own):
+            prompt = batch.prompts[index // batch.group_size]
+            row = torch.tensor([*prompt, *own], device=batch.ids_N.device)
+            places += [(index, place) for place in range(len(prompt) - 1, len(row))]
+            rows.append(batch.ids_N[row])
         mask_BL = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         logits_BLV = self._model(input_ids=pad_sequence(rows, batch_first=True), attention_mask=mask_BL, use_cache=False).logits
         row_M, place_M = torch.tensor(places, device=mask_BL.device).unbind(-1)

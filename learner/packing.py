@@ -7,24 +7,17 @@ tokens, `S` places that predict (the end of a prompt predicts the first token of
 completions each, `B = G K`, `P` prompt tokens, `T` completion tokens.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+
+from learner.rectangles import Call, Look, calls
 
 Ids = Sequence[int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """Groups that stand side by side and whose prompts are equally long: their attention is one call each, without masks."""
-
-    prompt_GP: Tensor  # places in the row
-    own_BT: Tensor  # places of the completions' read tokens, padded on the right with any place
-    read_B: Tensor  # how many of them are real
+SPARE = 0.05  # of the row's tokens, how many places of padding attention may compute
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +26,9 @@ class Batch:
 
     ids_N: Tensor
     positions_N: Tensor
-    runs: tuple[Run, ...]
+    prompts: tuple[range, ...]  # where each stands in the row
+    own: tuple[range, ...]  # where each completion's read tokens stand
+    calls: tuple[Call, ...]  # of attention; each token's first is the causal one over its own prompt or completion
     place_S: Tensor  # in the row, of each place that predicts
     source_M: Tensor  # which of those places predicts the token
     target_M: Tensor  # the token
@@ -41,6 +36,11 @@ class Batch:
     group_size: int
     width: int  # T, of the longest completion
     count: int  # B
+
+    @property
+    def padding(self) -> int:
+        """Places that attention computes for nothing."""
+        return sum(call.queries.padding for call in self.calls)
 
     @property
     def token_mask_GKT(self) -> Tensor:
@@ -65,8 +65,6 @@ def pack(prompts: Sequence[Ids], completions: Sequence[Sequence[Ids]], device: t
     for prompt, group in zip(prompts, completions, strict=True):
         row.append(prompt, group)
     width = max(len(one) for group in completions for one in group)
-    lengths = [len(prompt) for prompt in prompts]
-    runs = [_run(row, [place for place, _ in members], sizes.copy().pop()) for _, members in groupby(enumerate(lengths), key=lambda pair: pair[1])]
 
     def tensor(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long).to(device, non_blocking=True)
@@ -74,7 +72,9 @@ def pack(prompts: Sequence[Ids], completions: Sequence[Sequence[Ids]], device: t
     return Batch(
         ids_N=tensor(row.ids),
         positions_N=tensor(row.positions),
-        runs=tuple(Run(prompt_GP=run.prompt_GP.to(device), own_BT=run.own_BT.to(device), read_B=run.read_B.to(device)) for run in runs),
+        prompts=tuple(row.prompts),
+        own=tuple(row.own),
+        calls=calls(_stacks(row), spare=int(SPARE * len(row.ids)), device=device),
         place_S=tensor(row.places),
         source_M=tensor(row.sources),
         target_M=tensor(row.targets),
@@ -117,11 +117,14 @@ class _Row:
         return range(start, len(self.ids))
 
 
-def _run(row: _Row, groups: list[int], size: int) -> Run:
-    own = row.own[groups[0] * size : (groups[-1] + 1) * size]
-    places = [torch.arange(part.start, part.stop) for part in own]
-    return Run(
-        prompt_GP=torch.stack([torch.arange(row.prompts[g].start, row.prompts[g].stop) for g in groups]),
-        own_BT=pad_sequence(places, batch_first=True),
-        read_B=torch.tensor([len(part) for part in own]),
-    )
+def _stacks(row: _Row) -> list[list[Look]]:
+    """Who looks at whom: all prompts at themselves, all completions at themselves, all completions of a group together at its prompt.
+
+    The last are stacked by the prompt's length. Every place of a prompt is seen there, so it cannot be padded.
+    """
+    size = len(row.own) // len(row.prompts)
+    far: dict[int, list[Look]] = defaultdict(list)
+    for prompt, last in zip(row.prompts, row.own[size - 1 :: size], strict=True):
+        if prompt.stop < last.stop:
+            far[len(prompt)].append((range(prompt.stop, last.stop), prompt))
+    return [[(prompt, prompt) for prompt in row.prompts], [(own, own) for own in row.own if own], *far.values()]

@@ -47,6 +47,8 @@ class Outcome:
     logp_GKT: Tensor
     logp_ref_GKT: Tensor
     verdict: Verdict
+    row_tokens: int
+    computed_places: int  # by a pass: the same, and padding
 
 
 Objective = Callable[[Batch, Tensor, Tensor], Verdict]  # the batch, the policy's log-probs and the reference's
@@ -56,12 +58,16 @@ def backward(model: AdaptedModel, micro_batch: MicroBatch, objective: Objective)
     """Add the gradient of a micro-batch to what is there."""
     groups = micro_batch.groups
     batch = pack_groups(groups, model)
-    parts = parts_of(groups, budget=micro_batch.budget)
+    ranges = parts_of(groups, budget=micro_batch.budget)
+    parts = [batch] if len(ranges) == 1 else [pack_groups(_some(groups, part), model) for part in ranges]
     idle = [parts[-1]] * (micro_batch.least_passes - len(parts))
     at_once = len(parts) + len(idle) == 1
 
+    def part_logprobs(part: Batch) -> Tensor:
+        return functional.pad(model.scorer.token_logprobs(part), (0, batch.width - part.width))
+
     def logprobs() -> Tensor:
-        return torch.cat([_part_logprobs(model, groups, batch, part) for part in [*parts, *idle]][: len(parts)], 1)
+        return torch.cat([part_logprobs(part) for part in [*parts, *idle]][: len(parts)], 1)
 
     if micro_batch.reference_known:
         rows = [row for one in micro_batch.scored for row in one.reference or ()]
@@ -75,11 +81,17 @@ def backward(model: AdaptedModel, micro_batch: MicroBatch, objective: Objective)
     if at_once:
         logp_GKT.backward(verdict.slope_GKT)
     else:
-        for part in parts:
-            _part_logprobs(model, groups, batch, part).backward(verdict.slope_GKT[:, part.start : part.stop])
+        for part, slope_GKT in zip(parts, verdict.slope_GKT.split([part.group_size for part in parts], 1), strict=True):
+            part_logprobs(part).backward(slope_GKT)
         for part in idle:
-            (0.0 * _part_logprobs(model, groups, batch, part)).sum().backward()
-    return Outcome(logp_GKT=logp_GKT.detach(), logp_ref_GKT=logp_ref_GKT, verdict=verdict)
+            (0.0 * part_logprobs(part)).sum().backward()
+    return Outcome(
+        logp_GKT=logp_GKT.detach(),
+        logp_ref_GKT=logp_ref_GKT,
+        verdict=verdict,
+        row_tokens=sum(len(part.ids_N) for part in parts),
+        computed_places=sum(map(model.scorer.computed_places, parts)),
+    )
 
 
 def no_objective(batch: Batch, logp_GKT: Tensor, logp_ref_GKT: Tensor) -> Verdict:
@@ -100,10 +112,6 @@ def token_rows(rows: Sequence[Sequence[float]], *, like_GKT: Tensor) -> Tensor:
     return padded_BT.view(like_GKT.shape).to(like_GKT.device)
 
 
-def _part_logprobs(model: AdaptedModel, groups: Sequence[Group], batch: Batch, part: range) -> Tensor:
-    """Token log-probs of some completions of every group, as wide as those of all."""
-    if len(part) < batch.group_size:
-        own = pack_groups([replace(group, completions=group.completions[part.start : part.stop]) for group in groups], model)
-        logp_GKT = model.scorer.token_logprobs(own)
-        return functional.pad(logp_GKT, (0, batch.width - own.width))
-    return model.scorer.token_logprobs(batch)
+def _some(groups: Sequence[Group], part: range) -> list[Group]:
+    """The groups with some of their completions."""
+    return [replace(group, completions=group.completions[part.start : part.stop]) for group in groups]

@@ -56,6 +56,7 @@ def take_step(model: AdaptedModel, request: StepRequest, *, micro_batch_tokens: 
             **_mismatch(groups, logp_GK),
             "perf/learn_tokens": float(sum(group.token_count for group in groups)),
             "perf/packed_tokens": float(sum(token_cost(group) for group in groups)),
+            "perf/padding_share": 1 - sum(part.row_tokens for part in parts) / sum(part.computed_places for part in parts),
             "perf/micro_batches": float(len(parts)),
         },
         delta_GK=tuple(map(tuple, delta_GK.tolist())),
@@ -72,6 +73,8 @@ class _Part:
     logp_ref_GK: Tensor
     log_z_G: Tensor  # what the learned table said; empty where the normaliser is the batch's
     metrics: dict[str, float]
+    row_tokens: int
+    computed_places: int
 
 
 def _own_share(model: AdaptedModel, scored: Sequence[ScoredGroup], reward_GK: Tensor, mask_GK: Tensor, spec: ObjectiveSpec, *, budget: int) -> Iterator[_Part]:
@@ -102,6 +105,8 @@ def _part(outcome: Outcome, places: list[int]) -> _Part:
         logp_ref_GK=outcome.logp_ref_GKT.sum(-1, dtype=torch.float64).cpu(),
         log_z_G=outcome.verdict.log_z_G.cpu(),
         metrics=outcome.verdict.metrics,
+        row_tokens=outcome.row_tokens,
+        computed_places=outcome.computed_places,
     )
 
 

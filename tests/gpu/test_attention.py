@@ -9,6 +9,7 @@ from learner.packing import Batch, pack
 
 HEADS, KEY_HEADS = 4, 2
 RAGGED = ([[1] * 33, [1] * 33, [1] * 70, [1]], [[[1] * 40, [1]], [[1] * 2, [1] * 65], [[1] * 34, [1] * 33], [[1], [1]]])
+PADDED = ([[1] * 70, [1] * 33, [1] * 33, [1] * 33], [[[1] * 64, [1] * 60], [[1] * 70, [1]], [[1] * 65, [1] * 2], [[1] * 3, [1] * 2]])  # in both kinds of call
 SHORT = ([[1] * 3, [1] * 5], [[[1]] * 3, [[1]] * 3])  # completions of one token have no queries of their own
 ONE_EACH = ([[1] * 32, [1] * 32], [[[1] * 33], [[1] * 12]])
 EVEN = ([[1] * 128, [1] * 128], [[[1] * 65] * 8] * 2)
@@ -52,7 +53,7 @@ def packed(parts: list[Tensor], grad: Tensor, batch: Batch, scale: float, device
     return out.detach(), *torch.autograd.grad(out, (query, key, value), grad.to(device, dtype))
 
 
-@pytest.mark.parametrize("layout", [RAGGED, SHORT, ONE_EACH, EVEN], ids=["ragged", "short", "one-each", "even"])
+@pytest.mark.parametrize("layout", [RAGGED, PADDED, SHORT, ONE_EACH, EVEN], ids=["ragged", "padded", "short", "one-each", "even"])
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["float32", "bfloat16"])
 def test_value_and_gradients_are_those_of_the_softmax(device: torch.device, dtype: torch.dtype, tolerance: float, width: int, layout: Layout) -> None:

@@ -119,6 +119,14 @@ def test_a_model_that_goes_its_own_way_is_found_out() -> None:
     torch.testing.assert_close(got, one_at_a_time(model).float(), rtol=1e-5, atol=1e-5)
 
 
+def test_what_is_computed() -> None:
+    """Packed, the row and its padding; otherwise a row for every completion, as long as the longest."""
+    batch = pack(PROMPTS, COMPLETIONS)
+    packed, plain = (Scorer(made(make), longest=64) for make in (PACKED["llama"], NOT_PACKED["gemma2, capped logits"]))
+    assert packed.computed_places(batch) == len(batch.ids_N) + batch.padding
+    assert plain.computed_places(batch) == 8 * (5 + 4 - 1)
+
+
 def test_one_token_completions_need_the_prompt_pass_only(llama: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(llama).eval()
     batch = pack([[5, 6], [7]], [[[3], [4]], [[5], [6]]])
