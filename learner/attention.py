@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from learner.packing import Batch
+from learner.rectangles import Call
 
 NAME = "ftb_packed"  # as transformers knows it
 
@@ -27,9 +28,6 @@ def attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tens
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
     query_NHE, key_NHE, value_NHE = (part[0].transpose(0, 1) for part in (query, key, value))
-    repeats = query_NHE.shape[1] // key_NHE.shape[1]
-    if repeats > 1:
-        key_NHE, value_NHE = key_NHE.repeat_interleave(repeats, 1), value_NHE.repeat_interleave(repeats, 1)
     return _PackedAttention.apply(query_NHE, key_NHE, value_NHE, batch, scale).unsqueeze(0), None
 
 
@@ -44,7 +42,8 @@ class _PackedAttention(torch.autograd.Function):
         lse_NH = query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
         for call in batch.calls:
             places = call.queries
-            out, lse = _attend(places.take(query), call.keys.take(key), call.keys.take(value), causal=call.causal, scale=scale)
+            queries, keys, values = _taken(call, query, key, value)
+            out, lse = _attend(queries, keys, values, causal=call.causal, scale=scale)
             if not call.causal:
                 out, lse = _join(places.take(out_NHE), places.take(lse_NH), out, lse)
             places.put(out_NHE, out)
@@ -58,12 +57,27 @@ class _PackedAttention(torch.autograd.Function):
         query, key, value, out, lse = ctx.saved_tensors
         grads = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in (query, key, value)]
         for call in ctx.calls:
-            d_out, queries, outs = (call.queries.take(part) for part in (grad, query, out))
+            d_out, outs = call.queries.take(grad), call.queries.take(out)
+            queries, keys, values = _taken(call, query, key, value)
             sums = call.queries.take_filled(lse, padding=torch.inf)  # whose exponential, the weight of padding, is zero
-            parts = _attend_backward(d_out, queries, call.keys.take(key), call.keys.take(value), outs, sums, causal=call.causal, scale=ctx.scale)
+            parts = _attend_backward(d_out, queries, keys, values, outs, sums, causal=call.causal, scale=ctx.scale)
             for places, whole, part in zip((call.queries, call.keys, call.keys), grads, parts, strict=True):
-                (places.put if call.causal else places.add)(whole, part)
+                (places.put if call.causal else places.add)(whole, _own_heads(part, whole.shape[1]))
         return grads[0], grads[1], grads[2], None, None
+
+
+def _taken(call: Call, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the call's kernel is given: keys and values once for each of the query heads that share them."""
+    repeats = query.shape[1] // key.shape[1]
+    keys, values = (call.keys.take(part) for part in (key, value))
+    if repeats > 1:
+        keys, values = keys.repeat_interleave(repeats, 1), values.repeat_interleave(repeats, 1)
+    return call.queries.take(query), keys, values
+
+
+def _own_heads(grad_XHYE: Tensor, heads: int) -> Tensor:
+    """Gradients of heads that were repeated, each added up."""
+    return grad_XHYE if grad_XHYE.shape[1] == heads else grad_XHYE.unflatten(1, (heads, -1)).sum(2)
 
 
 def _join(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:

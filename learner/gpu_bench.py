@@ -46,7 +46,7 @@ def step_row(part: str, spec: dict[str, Any], device: torch.device) -> Row:
     """The learner's whole step; its peak is what it takes above the loaded model."""
 
     def measure() -> Row:
-        step = ours(spec)
+        _, step = ours(spec)
         loaded = held(device)
         losses: list[float] = []
         numbers = measured(lambda: losses.append(step(len(losses) + 1)), device, repeats=spec["steps"], warmup=spec["warmup"])

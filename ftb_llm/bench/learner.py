@@ -119,13 +119,13 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     def of(size: str | None, ratio: str, contender: str, column: str) -> Any:
         return at.get((str(size), ratio, contender), {}).get(column)
 
-    memory = {row["contender"]: row["step_bytes"] for row in rows if row["size"] == "vocabulary"}
+    memory = [[of("vocabulary", shape, name, "step_bytes") for name in CONTENDERS[:2]] for shape in dict.fromkeys(row["ratio"] for row in rows)]
     return {
         "speedup_vs_trl_1to1": of(size, "1:1", "TRL", "speedup"),
         "speedup_vs_trl_8to1": of(size, "8:1", "TRL", "speedup"),
         "speedup_vs_full_logits_1to1": of(size, "1:1", "full logits", "speedup"),
         "speedup_vs_full_logits_8to1": of(size, "8:1", "full logits", "speedup"),
-        "peak_memory_ratio_vs_full_logits": ratio(memory.get("ours"), memory.get("full logits")),
+        "peak_memory_ratio_vs_full_logits": max((ours / full for ours, full in memory if ours and full), default=None),
         "matmul_fraction": of("large", "1:1", "ours", "matmul_fraction"),
         "speedup_size": size,
         "loss_difference": loss_difference(rows),

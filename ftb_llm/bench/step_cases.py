@@ -117,7 +117,8 @@ CASES = (
     Case(size="small", shape=SMALL, groups=1, group_size=8, prompt_tokens=256, completion_tokens=256),
     Case(size="small", shape=SMALL, groups=1, group_size=8, prompt_tokens=512, completion_tokens=64),
     Case(size="large", shape=LARGE, groups=1, group_size=8, prompt_tokens=128, completion_tokens=128),
-    Case(size="vocabulary", shape=VOCABULARY, groups=1, group_size=4, prompt_tokens=64, completion_tokens=512, turns=1),  # for its memory
+    Case(size="vocabulary", shape=VOCABULARY, groups=1, group_size=8, prompt_tokens=256, completion_tokens=256, turns=1),  # for its memory
+    Case(size="vocabulary", shape=VOCABULARY, groups=1, group_size=4, prompt_tokens=64, completion_tokens=512, turns=1),  # little of it prompts
 )
 SIZES = tuple(dict.fromkeys(case.size for case in CASES))
 RANK_CASES = {

@@ -119,6 +119,14 @@ def test_the_summary_takes_each_number_from_its_case() -> None:
     json.dumps(told)
 
 
+def test_the_memory_told_is_that_of_the_worst_case() -> None:
+    rows = measured(replace(CASE, size="vocabulary"), replace(CASE, size="vocabulary", prompt_tokens=64))["rows"]
+    rows[0]["step_bytes"] *= 1.5
+    assert summary(rows)["peak_memory_ratio_vs_full_logits"] == 0.75
+    assert summary(rows[::-1])["peak_memory_ratio_vs_full_logits"] == 0.75
+    assert summary(rows[:1] + rows[3:])["peak_memory_ratio_vs_full_logits"] == 0.5
+
+
 def test_what_was_not_measured_is_null() -> None:
     def call(name: str, spec: dict[str, Any]) -> dict[str, Any]:
         if name == "TRL":

@@ -5,8 +5,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
-from learner.lora import _LoraLinear, speed_up
+from learner.lora import _GatedLoraLinear, _LoraLinear, speed_up
 from tests import tiny_llama
 
 IDS = torch.tensor([[5, 6, 7, 8], [1, 2, 3, 4]])
@@ -46,6 +47,41 @@ def test_gradients_are_those_of_finite_differences() -> None:
     x, weight, bias, a, b = (torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes)
     trained = [part.requires_grad_() for part in (x, a, b)]
     assert torch.autograd.gradcheck(lambda x, a, b: _LoraLinear.apply(x, weight, bias, a, b, 1.5), trained)
+
+
+def test_gradients_of_the_gated_feed_forward_are_those_of_finite_differences() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 3, 5), (2, 3, 5), (4, 5), (4,), (2, 5), (4, 2))
+    gate, up, weight, bias, a, b = (torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes)
+    trained = [part.requires_grad_() for part in (gate, up, a, b)]
+    assert torch.autograd.gradcheck(lambda gate, up, a, b: _GatedLoraLinear.apply(gate, up, weight, bias, a, b, 1.5), trained)
+
+
+def kept_bytes(model: PeftModel) -> int:
+    """What autograd keeps for the backward pass, but for the weights."""
+    weights = {part.data_ptr() for part in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda part: kept.setdefault(part.data_ptr(), part), lambda part: part):
+        model(IDS)
+    return sum(part.nbytes for place, part in kept.items() if place not in weights)
+
+
+def test_a_gated_feed_forward_keeps_two_tensors_of_its_width_not_four(path: Path) -> None:
+    model = adapted(path)
+    speed_up(model)
+    fewer = kept_bytes(model)
+    blocks = [module for module in model.modules() if isinstance(module, LlamaMLP)]
+    for block in blocks:
+        del block.forward  # back to that of its class
+    width = model.config.intermediate_size
+    assert kept_bytes(model) - fewer == len(blocks) * 2 * IDS.numel() * width * 4
+
+
+def test_a_feed_forward_that_does_something_else_keeps_its_own_forward(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x) * 1.01))
+    model = adapted(path)
+    speed_up(model)
+    assert not any(isinstance(module.forward, partial) for module in model.modules() if isinstance(module, LlamaMLP))
 
 
 @pytest.mark.parametrize("changes", [{"use_dora": True}, {"lora_dropout": 0.1}])
