@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from ftb_llm.bench.step_cases import COMPILED
 from ftb_llm.config import Config, build_config
 from ftb_llm.objectives import ftb_loss
 from ftb_llm.types import Completion, FinishReason, Group, ObjectiveSpec, Prompt, ScoredGroup, StepReport, StepRequest
@@ -39,8 +41,8 @@ def our_step(model: AdaptedModel, config: Config, request: StepRequest) -> StepR
     return take_step(model, request, micro_batch_tokens=config.learner.micro_batch_tokens)
 
 
-def ours(spec: Spec) -> tuple[nn.Module, Step]:
-    config = our_config(spec)
+def ours(spec: Spec, **learner: Any) -> tuple[nn.Module, Step]:
+    config = our_config(spec, **learner)
     model = AdaptedModel(config, Path(spec["model_path"]))
     groups = scored_groups(spec)
     return model.module, lambda number: our_step(model, config, our_request(spec, groups, number)).loss
@@ -100,7 +102,7 @@ def full_logits(spec: Spec) -> tuple[nn.Module, Step]:
     return model, step
 
 
-CONTENDERS: dict[str, Callable[[Spec], tuple[nn.Module, Step]]] = {"ours": ours, "full logits": full_logits}
+CONTENDERS: dict[str, Callable[[Spec], tuple[nn.Module, Step]]] = {"ours": ours, "full logits": full_logits, COMPILED: partial(ours, compile=True)}
 
 
 def objective(spec: Spec) -> ObjectiveSpec:

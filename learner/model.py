@@ -45,6 +45,8 @@ class AdaptedModel:
         self.peft_model: PeftModel = get_peft_model(base, lora_config(base, config.model.lora))
         self.peft_model.eval()
         speed_up(self.peft_model)
+        if config.learner.compile:
+            compile_norms(base, self.device)
         self.sharded = config.learner.sharding == "fsdp2" and self.ranks.count > 1
         if self.sharded:
             shard(self.peft_model, count=self.ranks.count, device_type=self.device.type)
@@ -117,6 +119,18 @@ def check_model(config: Config, model_path: Path) -> None:
     check_targets(model, config.model.lora)
     if config.learner.sharding == "fsdp2":
         decoder_layers(model)
+
+
+def compile_norms(base: nn.Module, device: torch.device) -> None:
+    """Only those: whole layers take a minute to compile and are no faster, since their products and attention are kernels already."""
+    try:
+        torch.compile(torch.rsqrt)(torch.ones(2, device=device))
+    except RuntimeError as error:
+        why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ConfigError("learner.compile", f"torch.compile does not work here ({why}); it must be false") from None
+    for module in base.modules():
+        if type(module).__name__.endswith("Norm"):
+            module.forward = torch.compile(module.forward, dynamic=True)
 
 
 def weight_files(model_path: Path) -> list[str]:

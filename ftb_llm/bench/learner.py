@@ -43,20 +43,31 @@ class Failed(FtbError, RuntimeError):
     """A contender gave no numbers; the message says why."""
 
 
-def measure(cases: Sequence[Case], *, steps: int, threads: int, call: Call, model: Callable[[Shape], Path], say: Callable[[str], None]) -> dict[str, Any]:
+def measure(
+    cases: Sequence[Case],
+    *,
+    steps: int,
+    threads: int,
+    call: Call,
+    model: Callable[[Shape], Path],
+    say: Callable[[str], None],
+    names: Sequence[str] = CONTENDERS,
+) -> dict[str, Any]:
     """Everything that was measured, as it is written and printed."""
     machine = machine_facts(threads)  # before the bench itself is the load
-    rows = [row for case in cases for row in measure_case(case, steps=steps, threads=threads, call=call, model_path=model(case.shape), say=say)]
+    rows: list[Row] = []
+    for case in cases:
+        rows += measure_case(case, names, steps=steps, threads=threads, call=call, model_path=model(case.shape), say=say)
     return summary(rows) | {"rows": rows, "machine": machine}
 
 
-def measure_case(case: Case, *, steps: int, threads: int, call: Call, model_path: Path, say: Callable[[str], None]) -> list[Row]:
+def measure_case(case: Case, names: Sequence[str], *, steps: int, threads: int, call: Call, model_path: Path, say: Callable[[str], None]) -> list[Row]:
     turns = min(case.turns, steps)
     spec = case.spec(model_path=str(model_path), warmup=WARMUP, steps=-(-steps // TURNS), threads=threads)
-    found: dict[str, list[Found]] = {name: [] for name in CONTENDERS}
+    found: dict[str, list[Found]] = {name: [] for name in names}
     failed: dict[str, str] = {}
     for _ in range(turns):
-        for name in CONTENDERS:
+        for name in names:
             if name in failed:
                 continue
             try:
@@ -66,7 +77,7 @@ def measure_case(case: Case, *, steps: int, threads: int, call: Call, model_path
                 if name == "ours":
                     raise
                 failed[name] = str(problem)
-    rows = [row_of(case, name, found[name], error=failed.get(name)) for name in CONTENDERS]
+    rows = [row_of(case, name, found[name], error=failed.get(name)) for name in names]
     for row in rows:
         row["speedup"] = ratio(row["seconds"], rows[0]["seconds"])
         say(told(row))

@@ -6,6 +6,7 @@ from typing import Any
 
 SEED = 0
 CONTENDERS = ("ours", "full logits", "TRL")
+COMPILED = "ours, compiled"  # a contender only when asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

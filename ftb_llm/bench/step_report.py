@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ftb_llm.bench.plot import Panel, Point, picture
-from ftb_llm.bench.step_cases import CONTENDERS
+from ftb_llm.bench.step_cases import COMPILED, CONTENDERS
 from ftb_llm.bench.tables import NONE, Table
 
 Row = dict[str, Any]
@@ -69,8 +69,8 @@ def learner_picture(found: Mapping[str, Any]) -> str:
         lines: dict[str, Sequence[Point]] = {name: [Point(x=x, y=y, low=low, high=high) for x, low, y, high in points] for name, points in low_mid_high.items()}
         return Panel(title=title, lines=lines, x_label="model, and prompt : completion", log=True, categories=cases, joined=False)
 
-    seconds: dict[str, list[tuple[int, float, float, float]]] = {name: [] for name in CONTENDERS}
-    memory: dict[str, list[tuple[int, float, float, float]]] = {name: [] for name in CONTENDERS}
+    seconds: dict[str, list[tuple[int, float, float, float]]] = {name: [] for name in (*CONTENDERS, COMPILED)}
+    memory: dict[str, list[tuple[int, float, float, float]]] = {name: [] for name in seconds}
     for row in rows:
         place = cases.index(place_of(row))
         seconds[row["contender"]].append((place, min(row["seconds_each"]), row["seconds"], max(row["seconds_each"])))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftb_llm.bench.spec import BASELINES, MEMBERS, SET_IN_RUNS, SET_IN_TRIALS, TASK_SETTINGS, check_words
-from ftb_llm.bench.step_cases import CASES, RANK_CASES, SIZES
+from ftb_llm.bench.step_cases import CASES, COMPILED, CONTENDERS, RANK_CASES, SIZES
 from ftb_llm.cli.command import Command, UsageError, add_json, print_json, print_table
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def configure_learner(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sizes", type=_names, default=list(SIZES), metavar="LIST", help=f"default: {','.join(SIZES)}")
     parser.add_argument("--steps", type=_positive, default=4, metavar="N", help="timed steps of each contender, in two turns (default: 4)")
     parser.add_argument("--no-trl", action="store_true", help="leave TRL out, which otherwise gets an environment of its own in the cache folder")
+    parser.add_argument("--compiled", action="store_true", help="measure ours with learner.compile as well")
     parser.add_argument("--out", type=Path, default=Path("bench/learner"), metavar="DIR", help="folder of the results (bench/learner)")
     add_json(parser)
 
@@ -127,7 +128,8 @@ def run_learner(args: argparse.Namespace) -> int:
             raise UsageError(f"argument --sizes: {size} is no size; the sizes are {', '.join(SIZES)}")
     cases = [case for case in CASES if case.size in args.sizes]
     trl = "left out with --no-trl" if args.no_trl else interpreter(_say)
-    found = measure(cases, steps=args.steps, threads=core_count(), call=caller(trl), model=built_model, say=_say)
+    names = (*CONTENDERS, COMPILED) if args.compiled else CONTENDERS
+    found = measure(cases, steps=args.steps, threads=core_count(), call=caller(trl), model=built_model, say=_say, names=names)
     _publish(args, found, learner_tables(found), learner_picture(found))
     return 0
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from ftb_llm.bench import trl
 from ftb_llm.bench.learner import Failed, check_memory, in_a_process, measure, row_of, summary
 from ftb_llm.bench.random_model import ensure_model
-from ftb_llm.bench.step_cases import CASES, CONTENDERS, Case, Shape
+from ftb_llm.bench.step_cases import CASES, COMPILED, CONTENDERS, Case, Shape
 from ftb_llm.bench.step_flops import case_flops, step_flops
 from ftb_llm.bench.step_report import learner_picture, learner_tables
 from ftb_llm.errors import FtbError, SetupError
@@ -26,7 +27,7 @@ from tools.check_lock import read_pins
 ROOT = Path(__file__).parents[2]
 SHAPE = Shape(hidden=128, layers=2, vocabulary=96, rank=4)
 CASE = Case(size="small", shape=SHAPE, groups=2, group_size=3, prompt_tokens=8, completion_tokens=8)
-SECONDS = {"ours": 1.0, "full logits": 2.0, "TRL": 5.0}
+SECONDS = {"ours": 1.0, "full logits": 2.0, "TRL": 5.0, COMPILED: 0.8}
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +55,8 @@ def found(name: str, spec: dict[str, Any]) -> dict[str, Any]:
     return result | {"matmul": {"square": 1e9, "feed_forward": 2e9}} if name == "ours" else result
 
 
-def measured(*cases: Case, call: Any = found) -> dict[str, Any]:
-    return measure(cases, steps=3, threads=2, call=call, model=lambda shape: Path("model"), say=lambda line: None)
+def measured(*cases: Case, call: Any = found, names: Sequence[str] = CONTENDERS) -> dict[str, Any]:
+    return measure(cases, steps=3, threads=2, call=call, model=lambda shape: Path("model"), say=lambda line: None, names=names)
 
 
 def test_the_formula_is_what_torch_counts(model_path: Path) -> None:
@@ -81,8 +82,9 @@ def test_a_case_counts_each_prompt_once_and_no_token_after_the_last() -> None:
 
 def test_ours_and_full_logits_do_the_same(model_path: Path) -> None:
     spec = CASE.spec(model_path=str(model_path), warmup=0, steps=3, threads=torch.get_num_threads())
-    ours, full = (run(spec | {"contender": name}) for name in ("ours", "full logits"))
+    ours, full, compiled = (run(spec | {"contender": name}) for name in ("ours", "full logits", COMPILED))
     assert ours["losses"] == pytest.approx(full["losses"], rel=1e-4)
+    assert ours["losses"] == pytest.approx(compiled["losses"], rel=1e-4)
     assert ours["losses"][0] != pytest.approx(ours["losses"][2])  # the optimizer moved
     assert len(ours["seconds"]) == 3
     assert ours["peak_bytes"] > 0
@@ -107,6 +109,13 @@ def test_contenders_take_turns_and_warm_up() -> None:
     assert [row["speedup"] for row in rows] == [1.0, 2.0, 5.0]
     assert [row["tokens_per_second"] for row in rows] == [96.0, 48.0, 19.2]
     assert rows[0]["matmul_fraction"] == pytest.approx(case_flops(CASE) / 1e9)
+
+
+def test_the_compiled_step_is_measured_when_asked_for() -> None:
+    told = measured(CASE, names=(*CONTENDERS, COMPILED))
+    assert [(row["contender"], row["speedup"]) for row in told["rows"]][3:] == [(COMPILED, 0.8)]
+    assert told["loss_difference"] == 0.0
+    assert COMPILED in learner_picture(told)
 
 
 def test_the_summary_takes_each_number_from_its_case() -> None:

@@ -4,9 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor import config as inductor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from ftb_llm.errors import CheckpointError, ConfigError, FtbError
 from learner.model import AdaptedModel, check_model
+from learner.step import take_step
 from tests import tiny_llama
 
 
@@ -27,6 +30,25 @@ def test_all_linear_layers_but_the_head_are_adapted(path: Path) -> None:
     assert model.parameter_counts()["trainable_parameters"] == trainable
     assert all("lora_" in name for name, parameter in model.module.named_parameters() if parameter.requires_grad)
     assert not model.module.training
+
+
+def test_compiled_norms_take_the_same_steps(path: Path) -> None:
+    """Steps of different sizes, so that what was compiled is not for one size alone."""
+    plain, compiled = (AdaptedModel(tiny_llama.tiny_config(learner={"compile": compile}), path) for compile in (False, True))
+    assert [hasattr(module.forward, "_torchdynamo_orig_callable") for module in compiled.module.modules() if isinstance(module, LlamaRMSNorm)] == [True] * 5
+    for step, seeds in ((1, (0, 1, 2, 3)), (2, (4, 5)), (3, (6, 7, 8))):
+        request = tiny_llama.step_request(step, seeds=seeds)
+        expected, got = (take_step(model, request, micro_batch_tokens=1000) for model in (plain, compiled))
+        torch.testing.assert_close(torch.tensor(got.logp_GK), torch.tensor(expected.logp_GK), rtol=1e-5, atol=1e-5)
+        assert got.metrics["optim/grad_norm"] == pytest.approx(expected.metrics["optim/grad_norm"], rel=1e-4)
+
+
+def test_where_nothing_can_be_compiled_the_setting_is_refused(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
+    with inductor.patch(fx_graph_cache=False), pytest.raises(ConfigError, match=r"learner.compile: torch.compile does not work here \(.*\); it must be false"):
+        AdaptedModel(tiny_llama.tiny_config(learner={"compile": True}), path)
 
 
 def test_scale_follows_alpha_and_rslora(path: Path) -> None:
