@@ -43,6 +43,20 @@ def test_compiled_norms_take_the_same_steps(path: Path) -> None:
         assert got.metrics["optim/grad_norm"] == pytest.approx(expected.metrics["optim/grad_norm"], rel=1e-4)
 
 
+def test_a_bfloat16_base_has_a_float32_adapter_which_moves_by_less_than_bfloat16_can_tell(path: Path) -> None:
+    model, exact = (AdaptedModel(tiny_llama.tiny_config(model={"dtype": dtype, "lora": {"rank": 4, "alpha": 8.0}}), path) for dtype in ("bfloat16", "float32"))
+    before = model.adapter_state()
+    for step in (1, 2):  # A has no gradient as long as B is zero
+        request = tiny_llama.step_request(step, learning_rate=1e-6)
+        report, expected = (take_step(one, request, micro_batch_tokens=1000) for one in (model, exact))
+        assert report.loss == pytest.approx(expected.loss, rel=0.05)
+    after = model.adapter_state()
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    assert all(0 < (after[name] - before[name]).abs().max() < 1e-5 for name in after)
+    assert {state["exp_avg"].dtype for state in model.optimizer.state.values()} == {torch.float32}
+    assert {part.dtype for part in model.module.parameters() if not part.requires_grad} == {torch.bfloat16}
+
+
 def test_where_nothing_can_be_compiled_the_setting_is_refused(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compiler.reset()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
