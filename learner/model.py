@@ -128,6 +128,7 @@ def compile_norms(base: nn.Module, device: torch.device) -> None:
     except RuntimeError as error:
         why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConfigError("learner.compile", f"torch.compile does not work here ({why}); it must be false") from None
+    torch._dynamo.config.recompile_limit = 64  # one code for all widths, with and without a gradient; beyond the limit it is not compiled at all
     for module in base.modules():
         if type(module).__name__.endswith("Norm"):
             module.forward = torch.compile(module.forward, dynamic=True)

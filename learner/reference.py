@@ -19,7 +19,7 @@ class Reference:
         torch.set_num_threads(int(config.learner.reference_cpus) or 1)
         self._budget = config.learner.micro_batch_tokens
         self._device = torch.device("cuda" if config.learner.reference_gpus else "cpu")
-        model = load_base(config, model_path).to(self._device).eval()
+        model = load_base(config, model_path).to(self._device).eval().requires_grad_(False)  # so that the head is the learner's frozen one
         self._scorer = Scorer(model, longest=config.actors.max_model_len, float32_head=config.learner.float32_head)
 
     @property

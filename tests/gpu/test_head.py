@@ -26,12 +26,13 @@ def with_gradient(logp_M: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     return logp_M.detach().cpu().double(), torch.autograd.grad((weights_M * logp_M).sum(), hidden)[0].cpu().double()
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 7 * ROW_BYTES, PLACES * ROW_BYTES, 64 * 2**20])
+@pytest.mark.parametrize("chunk_bytes", [PLACES * 4, 7 * ROW_BYTES, PLACES * ROW_BYTES, 64 * 2**20])
+@pytest.mark.parametrize("float32", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=["float32", "bfloat16"])
-def test_any_chunk_gives_the_value_and_the_gradient(device: torch.device, dtype: torch.dtype, tolerance: float, chunk_bytes: int) -> None:
+def test_any_chunk_gives_the_value_and_the_gradient(device: torch.device, dtype: torch.dtype, tolerance: float, float32: bool, chunk_bytes: int) -> None:
     """In norm. bfloat16 sums in float32, so its values are as exact as its inputs; only the gradient is rounded."""
     head, hidden, source, target = problem(dtype, device)
-    value, gradient = with_gradient(chosen_logprobs(head, hidden.requires_grad_(), source, target, chunk_bytes=chunk_bytes), hidden)
+    value, gradient = with_gradient(chosen_logprobs(head, hidden.requires_grad_(), source, target, float32=float32, chunk_bytes=chunk_bytes), hidden)
     exact = hidden.detach().cpu().double().requires_grad_()
     logits = nn.functional.linear(exact, head.weight.cpu().double(), head.bias.cpu().double())
     expected, slope = with_gradient(logits.log_softmax(-1)[source.cpu(), target.cpu()], exact)

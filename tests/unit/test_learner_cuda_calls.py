@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from learner.attention import _attend, _attend_backward
-from learner.head import _add_product, _multiply
+from learner.head import chosen_logprobs
 
 
 @pytest.mark.parametrize("tokens", [1, 32, 40])
@@ -51,10 +51,31 @@ def test_the_backward_kernel_gets_the_layout_that_it_takes_for_granted(tokens: i
     assert sums.shape[-1] % 32 == 0
 
 
-def test_products_of_bfloat16_are_written_in_float32() -> None:
-    """The head takes this overload where its weight is on CUDA; the meta device knows it, the CPU does not."""
-    hidden, weight = (torch.empty(size, 8, dtype=torch.bfloat16, device="meta") for size in (5, 11))
-    logits = torch.empty(60, device="meta")[:55].view(5, 11)
-    _multiply(hidden, weight.t(), out=logits)
-    _add_product(torch.empty(5, 8, device="meta"), logits, weight)
-    assert torch.mm(hidden, weight.t(), out_dtype=torch.float32).dtype == torch.float32
+class Products(TorchDispatchMode):
+    """Keeps the precision of the factors of each matrix product, and of its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[torch.dtype, torch.dtype]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        if func in (torch.ops.aten.mm.out, torch.ops.aten.mm.dtype, torch.ops.aten.mm.dtype_out, torch.ops.aten.mm.default):
+            self.seen.add((args[1].dtype, result.dtype))
+        if func is torch.ops.aten.addmm_.default:
+            self.seen.add((args[2].dtype, result.dtype))
+        return result
+
+
+@pytest.mark.parametrize(("float32", "factors"), [(False, torch.bfloat16), (True, torch.float32)])
+def test_products_of_a_bfloat16_head_are_written_in_float32(float32: bool, factors: torch.dtype) -> None:
+    """In several blocks and pieces, forward and backward."""
+    head = nn.Linear(8, 1100, bias=True, dtype=torch.bfloat16, device="meta").requires_grad_(False)
+    hidden = torch.empty(5000, 8, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    source, target = (torch.empty(6000, dtype=torch.long, device="meta") for _ in range(2))
+    with Products() as products:
+        logp = chosen_logprobs(head, hidden, source, target, float32=float32, chunk_bytes=4 * 4096 * 300)
+        (grad,) = torch.autograd.grad(logp.sum(), hidden)
+    assert products.seen == {(factors, torch.float32)}
+    assert (logp.shape, logp.dtype) == ((6000,), torch.float32)
+    assert (grad.shape, grad.dtype) == (hidden.shape, torch.bfloat16)

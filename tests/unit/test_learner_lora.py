@@ -1,5 +1,7 @@
+import types
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,11 +79,39 @@ def test_a_gated_feed_forward_keeps_two_tensors_of_its_width_not_four(path: Path
     assert kept_bytes(model) - fewer == len(blocks) * 2 * IDS.numel() * width * 4
 
 
-def test_a_feed_forward_that_does_something_else_keeps_its_own_forward(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x) * 1.01))
+@pytest.mark.parametrize(
+    "own",
+    [
+        lambda block, x: block.down_proj(block.act_fn(block.gate_proj(x)) * block.up_proj(x) * 1.01),
+        lambda block, x: block.down_proj(block.act_fn(block.gate_proj(x)).clamp(max=16) * block.up_proj(x)),
+    ],
+    ids=["another factor", "a limit"],
+)
+def test_a_feed_forward_that_does_something_else_keeps_its_own_forward(path: Path, own: Any) -> None:
+    """And only that one."""
     model = adapted(path)
+    first, second = (module for module in model.modules() if isinstance(module, LlamaMLP))
+    second.forward = types.MethodType(own, second)
     speed_up(model)
-    assert not any(isinstance(module.forward, partial) for module in model.modules() if isinstance(module, LlamaMLP))
+    assert isinstance(first.forward, partial)
+    assert not isinstance(second.forward, partial)
+
+
+def test_the_gated_feed_forward_in_bfloat16() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 30, 48), (2, 30, 48), (32, 48), (4, 48), (32, 4))
+    gate, up, weight, a, b = (torch.randn(shape, generator=generator) for shape in shapes)
+    grad = torch.randn(2, 30, 32, generator=generator)
+
+    def outcome(dtype: torch.dtype, kept: torch.dtype) -> list[torch.Tensor]:
+        trained = [part.bfloat16().to(dtype).requires_grad_() for part in (gate, up)] + [part.bfloat16().to(kept).requires_grad_() for part in (a, b)]
+        out = _GatedLoraLinear.apply(trained[0], trained[1], weight.bfloat16().to(dtype), None, trained[2], trained[3], 1.5)
+        return [out.detach(), *torch.autograd.grad(out, trained, grad.bfloat16().to(dtype))]
+
+    got = outcome(torch.bfloat16, torch.float32)
+    assert [part.dtype for part in got] == [torch.bfloat16] * 3 + [torch.float32] * 2
+    for own, exact in zip(got, outcome(torch.float64, torch.float64), strict=True):
+        assert (own - exact).norm() <= 2e-2 * exact.norm()
 
 
 @pytest.mark.parametrize("changes", [{"use_dora": True}, {"lora_dropout": 0.1}])

@@ -1,13 +1,15 @@
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch._inductor import config as inductor
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 from ftb_llm.errors import CheckpointError, ConfigError, FtbError
+from learner.head import chosen_logprobs
 from learner.model import AdaptedModel, check_model
 from learner.step import take_step
 from tests import tiny_llama
@@ -41,6 +43,23 @@ def test_compiled_norms_take_the_same_steps(path: Path) -> None:
         expected, got = (take_step(model, request, micro_batch_tokens=1000) for model in (plain, compiled))
         torch.testing.assert_close(torch.tensor(got.logp_GK), torch.tensor(expected.logp_GK), rtol=1e-5, atol=1e-5)
         assert got.metrics["optim/grad_norm"] == pytest.approx(expected.metrics["optim/grad_norm"], rel=1e-4)
+
+
+def test_the_settings_of_the_passes_reach_them(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def recording(*args: Any, float32: bool, **kwargs: Any) -> torch.Tensor:
+        asked.append(float32)
+        return chosen_logprobs(*args, float32=float32, **kwargs)
+
+    monkeypatch.setattr("learner.logprobs.chosen_logprobs", recording)
+    for chosen in (False, True):
+        model = AdaptedModel(tiny_llama.tiny_config(learner={"float32_head": chosen, "recompute_activations": chosen}), path)
+        take_step(model, tiny_llama.step_request(1), micro_batch_tokens=1000)
+        layers = [module for module in model.module.modules() if isinstance(module, LlamaDecoderLayer)]
+        assert [isinstance(layer.forward, partial) for layer in layers] == [chosen] * 2
+        assert set(asked) == {chosen}
+        asked.clear()
 
 
 def test_a_bfloat16_base_has_a_float32_adapter_which_moves_by_less_than_bfloat16_can_tell(path: Path) -> None:

@@ -1,5 +1,6 @@
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,11 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama.build(tmp_path_factory.mktemp("model"))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("targets", ["all-linear", ["all-linear", "lm_head"]])
 @pytest.mark.parametrize("budget", [8, 1000])
-def test_it_scores_as_the_learner_without_its_adapter(path: Path, budget: int) -> None:
-    config = tiny_llama.tiny_config(learner={"micro_batch_tokens": budget})
+def test_it_scores_as_the_learner_without_its_adapter(path: Path, budget: int, targets: Any, dtype: str) -> None:
+    config = tiny_llama.tiny_config(learner={"micro_batch_tokens": budget}, model={"dtype": dtype, "lora": {"rank": 4, "alpha": 8.0, "targets": targets}})
     model, reference = AdaptedModel(config, path), Reference(config, path)
     group = tiny_llama.scored_group(0).group
     with torch.no_grad(), model.as_reference():
