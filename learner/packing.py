@@ -121,8 +121,12 @@ def _stacks(row: _Row) -> list[list[Look]]:
     """Who looks at whom: all prompts at themselves, all completions at themselves, all completions of a group together at its prompt.
 
     The last are stacked by the prompt's length. Every place of a prompt is seen there, so it cannot be padded.
+    A single completion shares its prompt with nobody: it goes on where the prompt ends, and both look at themselves as one.
     """
     size = len(row.own) // len(row.prompts)
+    if size == 1:
+        wholes = [range(prompt.start, own.stop) for prompt, own in zip(row.prompts, row.own, strict=True)]
+        return [[(whole, whole) for whole in wholes]]
     far: dict[int, list[Look]] = defaultdict(list)
     for prompt, last in zip(row.prompts, row.own[size - 1 :: size], strict=True):
         if prompt.stop < last.stop:

@@ -16,6 +16,7 @@ UNLIKE = {  # lengths of prompts and completions
     "uniform, prompts too": ([RANDOM.randint(1, 40) for _ in range(3)], [[RANDOM.randint(1, 64) for _ in range(8)] for _ in range(3)]),
     "nearly equal": ([20] * 3, [[RANDOM.randint(57, 64) for _ in range(8)] for _ in range(3)]),
     "one long of many short": ([20] * 2, [[200] + [3] * 7, [2] * 8]),
+    "one completion each": ([20, 3, 30, 7], [[9], [1], [40], [3]]),
 }
 
 

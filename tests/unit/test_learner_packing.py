@@ -32,9 +32,15 @@ def test_equally_long_completions_make_one_call_and_no_padding() -> None:
 
 
 def test_prompts_of_a_length_are_asked_in_one_call_wherever_they_stand() -> None:
-    batch = pack([[1], [3, 3], [2]], [[[5, 5]]] * 3)
-    assert stretches(batch, causal=True) == [[[2, 3]], [[0], [5]], [[1], [4], [6]]]
-    assert stretches(batch, causal=False) == [[[1], [6]], [[4]]]
+    batch = pack([[1], [3, 3], [2]], [[[5, 5]] * 2] * 3)
+    assert stretches(batch, causal=True) == [[[3, 4]], [[0], [7]], [[1], [2], [5], [6], [8], [9]]]
+    assert stretches(batch, causal=False) == [[[1, 2], [8, 9]], [[5, 6]]]
+
+
+def test_a_single_completion_goes_on_where_its_prompt_ends() -> None:
+    batch = pack([[1], [3, 3], [2]], [[[5, 5]], [[5]], [[5, 6, 7]]])
+    assert stretches(batch, causal=True) == [[[4, 5, 6]], [[0, 1], [2, 3]]]
+    assert stretches(batch, causal=False) == []
 
 
 def test_completions_of_one_token_need_no_call() -> None:
