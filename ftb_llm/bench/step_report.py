@@ -67,7 +67,7 @@ def learner_picture(found: Mapping[str, Any]) -> str:
 
     def panel(title: str, low_mid_high: Mapping[str, Sequence[tuple[int, float, float, float]]]) -> Panel:
         lines: dict[str, Sequence[Point]] = {name: [Point(x=x, y=y, low=low, high=high) for x, low, y, high in points] for name, points in low_mid_high.items()}
-        return Panel(title=title, lines=lines, x_label="model, and prompt : completion", log=True, categories=cases, joined=False)
+        return Panel(title=title, lines=lines, x_label="model, or vocabulary, and prompt : completion", log=True, categories=cases, joined=False)
 
     seconds: dict[str, list[tuple[int, float, float, float]]] = {name: [] for name in (*CONTENDERS, COMPILED)}
     memory: dict[str, list[tuple[int, float, float, float]]] = {name: [] for name in seconds}
@@ -81,8 +81,9 @@ def learner_picture(found: Mapping[str, Any]) -> str:
 
 
 def place_of(row: Row) -> str:
-    """A case in few letters, since six of them stand side by side."""
-    return f"{row['size'][:5]} {row['ratio']}"
+    """A case in few letters, since seven of them stand side by side."""
+    name = f"{row['vocabulary'] / 1000:.0f}k" if row["size"] == "vocabulary" else row["size"]
+    return f"{name} {row['ratio']}"
 
 
 MEMORY = "Peak memory above the loaded model, GiB"
