@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ftb_llm.errors import ConfigError
 from learner.attention import attention_forward
 from learner.contenders import ours
 from learner.head import chosen_logprobs
@@ -163,6 +164,8 @@ def attempt(row: Row, measure: Callable[[], Row]) -> Row:
         return row | measure()
     except torch.OutOfMemoryError as error:
         return row | nothing(f"out of memory: {str(error).splitlines()[0]}")
+    except ConfigError as error:
+        return row | nothing(str(error))
     finally:
         gc.collect()
         if torch.cuda.is_available():

@@ -1,9 +1,11 @@
 """A random Llama of a few thousand parameters, and groups for it: what the learner's tests train."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -12,6 +14,7 @@ from ftb_llm.tasks import get_task
 from ftb_llm.tasks.tokenizer import build_tokenizer
 from ftb_llm.types import Completion, FinishReason, Group, ObjectiveSpec, Prompt, ScoredGroup, StepReport, StepRequest
 
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, and there is no g++")
 PROMPTS = [Prompt(index=index, text=f"p{index}", token_ids=tuple(range(5, 7 + index))) for index in range(4)]  # of different lengths
 GROUP_SIZE = 6
 RUN = {"run": {"seed": 3}, "model": {"lora": {"rank": 4, "alpha": 8.0}}, "learner": {"groups_per_step": 4, "micro_batch_tokens": 1000}}

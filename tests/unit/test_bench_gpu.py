@@ -1,6 +1,7 @@
 """The GPU's bench on the CPU: what it measures at tiny sizes for real, its shares and tables, and that it asks for a device."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,11 @@ def test_everything_is_measured_at_tiny_sizes() -> None:
     ]
     step = found["rows"][0]
     assert len(step["losses"]) == 4  # two of them warm up
-    assert found["rows"][2]["losses"] == pytest.approx(step["losses"], rel=2e-2)
+    compiled = found["rows"][2]
+    if shutil.which("g++"):
+        assert compiled["losses"] == pytest.approx(step["losses"], rel=2e-2)
+    else:
+        assert "learner.compile" in compiled["error"]
     assert found["mfu"] == pytest.approx(case_flops(TINY_CASE) / step["seconds"] / found["matmul_rate"])
     assert found["mfu_rated"] is found["step_bytes"] is found["peak_memory_ratio_of_vocabularies"] is None  # the CPU has neither
     assert found["tokens_per_second"] == pytest.approx(44 / step["seconds"])

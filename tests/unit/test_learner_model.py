@@ -34,6 +34,7 @@ def test_all_linear_layers_but_the_head_are_adapted(path: Path) -> None:
     assert not model.module.training
 
 
+@tiny_llama.needs_compiler
 def test_compiled_norms_take_the_same_steps(path: Path) -> None:
     """Steps of different sizes, so that what was compiled is not for one size alone."""
     plain, compiled = (AdaptedModel(tiny_llama.tiny_config(learner={"compile": compile}), path) for compile in (False, True))
