@@ -4,7 +4,6 @@ The merge itself is the generator's, handed in by the composition root: what is 
 """
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +19,7 @@ from ftb_llm.errors import CheckpointError, SetupError
 from ftb_llm.inputs import built, builtin_name, local_model
 from ftb_llm.model_card import is_hub_name, merged_card
 from ftb_llm.ports import Progress
-from ftb_llm.run_dir import RunDir
+from ftb_llm.run_dir import RunDir, sync
 
 if TYPE_CHECKING:
     import torch
@@ -194,9 +193,9 @@ def whole_folder(out: Path) -> Iterator[Path]:
         temporary.chmod(0o755)
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
-            _sync(path)
+            sync(path)
         temporary.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
     except OSError as error:
         raise SetupError(f"--out: {out} can't be written: {error.strerror or error}") from None
     finally:
@@ -225,14 +224,6 @@ def _copy(source: Path, target: Path) -> None:
 
 def _part(number: int) -> str:
     return f"part-{number}.safetensors"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _size(folder: Path) -> int:

@@ -6,6 +6,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from ftb_llm.run_dir import sync
+
 _TEMPORARY = ".tmp-"
 
 
@@ -43,12 +45,3 @@ def named(prefix: str, number: int) -> str:
 
 def number_of(path: Path, prefix: str) -> int:
     return int(path.name.removeprefix(prefix))
-
-
-def sync(folder: Path) -> None:
-    """Force a folder's entries to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

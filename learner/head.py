@@ -44,7 +44,9 @@ def chosen_logprobs(head: nn.Module, hidden_SD: Tensor, source_M: Tensor, target
 
 def words_per_block(places: int, vocabulary: int, chunk_bytes: int) -> int:
     words = chunk_bytes // (4 * max(1, places))
-    return max(1, min(vocabulary, words - words % ALIGNED if words > ALIGNED else words))
+    if words > ALIGNED:
+        words -= words % ALIGNED
+    return max(1, min(vocabulary, words))
 
 
 def rows_per_chunk(vocabulary: int, chunk_bytes: int) -> int:

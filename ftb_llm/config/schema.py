@@ -285,11 +285,7 @@ class Learner(Section):
     recompute_activations: bool = Fixed(
         False, "Keep only the inputs of each layer for the backward pass and compute the rest again: a third more time, several times less memory."
     )
-    compile: bool = Fixed(
-        False,
-        "Compile the model's norms with torch.compile, which takes some seconds at the start. On two CPU cores it gains nothing to speak of: "
-        "`ftb-llm bench learner --compiled` tells what it does elsewhere.",
-    )
+    compile: bool = Fixed(False, "Compile the model's norms, some seconds at the start; `ftb-llm bench learner --compiled` tells whether it pays.")
     float32_head: bool = Fixed(False, "Multiply in float32 in the head where model.dtype is bfloat16, as a CPU does anyway; sums are float32 in any case.")
     learning_rate: float = Live(3e-3, "Peak learning rate of AdamW.", gt=0, le=1)
     warmup_steps: int = Live(10, "Steps of linear warm-up.", ge=0, lt=2**31)
