@@ -14,6 +14,7 @@ STAMP := $(VENV)/.setup-$(EXTRA)
 OTHER := $(filter-out $(STAMP),$(wildcard $(VENV)/.setup-*))
 PINS  := requirements/$(EXTRA).txt requirements/dev.txt
 PIP   := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps
+TORCH := tools/torch_build.py
 
 .PHONY: help setup train-async bench bench-gpu test test-unit test-gpu check lock-check docs clean
 
@@ -22,14 +23,18 @@ help: ## show this list
 
 setup: $(STAMP) ## build .venv from the pins (EXTRA=cpu or gpu, PYTHON=python3.11)
 
-# cpu.txt and gpu.txt fill the same folders, so the other one's environment is cleared first.
-$(STAMP): $(PINS) pyproject.toml tools/check_torch.py
+# cpu.txt and gpu.txt fill the same folders, so the other one's environment is cleared first. The pinned pip comes first, since an
+# older one downloads all of torch to say which build it would take.
+$(STAMP): $(PINS) pyproject.toml tools/check_machine.py $(TORCH)
 	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null || \
 	    { echo "make setup: PYTHON=$(PYTHON) is not Python 3.11 or 3.12 ($$("$(PYTHON)" --version 2>&1 | head -n 1)); pass one, as in make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" tools/check_machine.py $(EXTRA)
 	@echo "make setup: installing $$(cat $(PINS) | grep -c ==) pinned packages into $(VENV) for $(EXTRA); this takes a few minutes"
 	@"$(PYTHON)" -m venv $(if $(OTHER),--clear) $(VENV)
+	@$(PIP) $(shell grep ^pip== requirements/dev.txt)
+	@$(BIN)/python $(TORCH) take $(EXTRA)
 	@$(PIP) $(addprefix -r ,$(PINS))
-	@$(BIN)/python tools/check_torch.py $(EXTRA)
+	@$(BIN)/python $(TORCH) check $(EXTRA)
 	@$(PIP) --no-build-isolation -e .
 	@touch $(STAMP)
 
