@@ -23,18 +23,21 @@ from ftb_llm.errors import FixedSetting, InvalidConfig, NotRecorded, StaleConfig
 logger = logging.getLogger(__name__)
 
 KINDS: dict[str, tuple[int, str]] = {
+    "bad-request": (400, "The request can't be read"),
     "bad-json": (400, "The body is not JSON"),
     "unauthorized": (401, "Bearer token missing or wrong"),
-    "cross-origin": (403, "Writes from another web origin are refused"),
+    "cross-origin": (403, "Requests from another web origin are refused"),
+    "request-timeout": (408, "The request did not come in time"),
     "fixed-setting": (409, "The setting is fixed for the life of the run"),
     "wrong-state": (409, "The run's present state does not allow this"),
     "stale-config": (412, "The config has changed since it was read"),
     "body-too-large": (413, "The body is too large"),
-    "unsupported-media-type": (415, "The body's media type is not supported"),
+    "unsupported-media-type": (415, "The body's media type or encoding is not supported"),
     "foreign-host": (421, "The Host header does not name this machine"),
     "invalid-config": (422, "The resulting config is not valid"),
     "invalid-request": (422, "The request is not valid"),
     "precondition-required": (428, "If-Match is required"),
+    "header-too-large": (431, "The request's header is too large"),
     "internal-error": (500, "Internal error"),
     "not-ready": (503, "The run makes no progress"),
     "not-recorded": (503, "The change could not be written down and did not happen"),

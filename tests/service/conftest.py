@@ -12,6 +12,7 @@ from fastapi import FastAPI
 
 from ftb_llm.api import prometheus
 from ftb_llm.api.app import create_app
+from ftb_llm.api.connection import Limits
 from ftb_llm.api.server import serve
 from ftb_llm.config import build_config
 from ftb_llm.config.ledger import ConfigLedger, ConfigVersion
@@ -64,7 +65,7 @@ class FakeRun:
 
 
 @contextmanager
-def serving(app: FastAPI) -> Iterator[str]:
+def serving(app: FastAPI, *, limits: Limits | None = None) -> Iterator[str]:
     """The base URL of a real server in a thread of its own, on a free port."""
     urls: list[str] = []
     stops: list[Callable[[], object]] = []
@@ -72,7 +73,7 @@ def serving(app: FastAPI) -> Iterator[str]:
 
     async def main() -> None:
         stop = asyncio.Event()
-        async with serve(app, "127.0.0.1", 0) as url:
+        async with serve(app, "127.0.0.1", 0, limits=limits) as url:
             urls.append(url)
             loop = asyncio.get_running_loop()
             stops.append(lambda: loop.call_soon_threadsafe(stop.set))
