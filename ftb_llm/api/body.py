@@ -30,7 +30,7 @@ async def read_json(request: Request) -> Any:
         if len(body) > MAX_BODY_BYTES:
             raise Refused("body-too-large", f"the body is larger than {MAX_BODY_BYTES} bytes")
     try:
-        return json.loads(body.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        return json.loads(body.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_number)
     except RecursionError:
         raise Refused("bad-json", "the body is not JSON that can be read: it is nested too deeply") from None
     except ValueError as error:  # broken JSON, text that is not UTF-8, numbers with thousands of digits
@@ -44,6 +44,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the key {twice!r} is given twice")
     return members
+
+
+def _number(text: str) -> float | int:
+    """JSON has one kind of number: 5.0 and 5e0 are the integer 5."""
+    value = float(text)
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
 
 def _no_constant(name: str) -> Any:

@@ -1,9 +1,10 @@
 """The documents of the control plane, as they are answered and as OpenAPI describes them."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+OldAndNew = Annotated[list[Any], Field(min_length=2, max_length=2)]
 State = Literal["starting", "training", "stopping", "stopped", "finished", "failed"]
 
 
@@ -173,7 +174,7 @@ class ConfigPatched(BaseModel):
 
     config_version: int
     effective_step: int = Field(description="The first step that runs under this version.")
-    changed: dict[str, tuple[Any, Any]] = Field(description="Dotted key to [old, new]; empty when the patch changed nothing.")
+    changed: dict[str, OldAndNew] = Field(description="Dotted key to [old, new]; empty when the patch changed nothing.")
 
 
 class ConfigHistoryItem(BaseModel):
@@ -183,7 +184,7 @@ class ConfigHistoryItem(BaseModel):
     effective_step: int
     source: str = Field(description="start, resume, cli or rest; the last two by what the client's User-Agent claims to be.")
     time: float = Field(description="Unix time.")
-    changed: dict[str, tuple[Any, Any]]
+    changed: dict[str, OldAndNew]
 
 
 class ConfigHistory(BaseModel):

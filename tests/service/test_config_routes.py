@@ -42,6 +42,12 @@ def test_a_patch_takes_effect_at_the_next_step(http: httpx.Client, run, content_
     assert [version.source for version in run.changes] == ["rest"]
 
 
+@pytest.mark.parametrize("number", [b"60", b"60.0", b"6e1"])
+def test_a_whole_number_may_be_written_in_any_way(http: httpx.Client, number: bytes) -> None:
+    answer = send(http, b'{"run": {"max_steps": %s}, "objective": {"beta": 1.0}}' % number)
+    assert answer.json()["changed"] == {"run.max_steps": [50, 60], "objective.beta": [0.5, 1.0]}
+
+
 def test_a_patch_that_changes_nothing_makes_no_version(http: httpx.Client, run) -> None:
     send(http, PATCH)
     answer = send(http, PATCH)

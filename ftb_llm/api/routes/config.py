@@ -1,5 +1,6 @@
 """Read and change the config of the live run."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
@@ -65,7 +66,7 @@ async def patch_config(
     before = run.ledger.current
     after = run.ledger.patch(merge_patch, if_match=if_match, source=source)
     response.headers["ETag"] = after.etag
-    return ConfigPatched(config_version=after.version, effective_step=after.effective_step, changed={} if after is before else after.changed)
+    return ConfigPatched(config_version=after.version, effective_step=after.effective_step, changed={} if after is before else _as_lists(after.changed))
 
 
 @router.get("/config/schema", summary="JSON Schema of the settings")
@@ -89,10 +90,15 @@ async def config_history(
         total=total,
         next=last if last < total else None,
         versions=[
-            ConfigHistoryItem(version=item.version, effective_step=item.effective_step, source=item.source, time=item.time, changed=item.changed)
+            ConfigHistoryItem(version=item.version, effective_step=item.effective_step, source=item.source, time=item.time, changed=_as_lists(item.changed))
             for item in changes
         ],
     )
+
+
+def _as_lists(changed: Mapping[str, tuple[Any, Any]]) -> dict[str, list[Any]]:
+    """JSON knows no tuples, and the schema of one differs from dialect to dialect."""
+    return {key: list(pair) for key, pair in changed.items()}
 
 
 def _names(if_none_match: str, etag: str) -> bool:
