@@ -6,6 +6,7 @@ too many comes, the one that has kept us waiting longest makes room, so clients 
 """
 
 import asyncio
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
@@ -218,7 +219,8 @@ class BoundedProtocol(H11Protocol, asyncio.BufferedProtocol):
         self._enter(Phase.CLOSING)
         self.flow.resume_reading()
         self.transport.write(b"\r\n".join([*lines, b"", bytes(response.body)]))
-        self.transport.write_eof()
+        with suppress(OSError):  # the client has gone meanwhile
+            self.transport.write_eof()
 
     def _can_answer(self) -> bool:
         return not self.transport.is_closing() and (

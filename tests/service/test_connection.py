@@ -3,6 +3,7 @@
 import json
 import resource
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -78,6 +79,17 @@ def test_what_cannot_be_read_is_refused_with_a_problem_and_not_logged(
     assert problem["status"] == status
     assert problem["type"] == f"urn:ftb-llm:problem:{'bad-request' if status == 400 else 'header-too-large'}"
     assert len(problem["detail"]) <= 200
+    assert caplog.text == ""
+    assert capfd.readouterr().err == ""
+
+
+def test_clients_that_break_off_leave_no_trace(quick: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
+    for number in range(200):
+        connection = connect(quick)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close with a reset
+        connection.sendall((b"nonsense\r\n\r\n", GET + b"\r\n", GET, PATCH + b"Content-Length: 9\r\n\r\n{")[number % 4])
+        connection.close()
+    assert exchange(quick, GET + b"Connection: close\r\n\r\n").startswith(b"HTTP/1.1 200 ")
     assert caplog.text == ""
     assert capfd.readouterr().err == ""
 
