@@ -1,8 +1,8 @@
 """One connection of the control plane, with an end to everything that its client may send or put off.
 
-uvicorn's protocol over h11, which holds what has arrived of a request until it is whole. Here that is little and not for
-long, whoever sends it, since no token has been seen yet: see `Limits`. A connection always has a deadline, and when one
-too many comes, the one that has kept us waiting longest makes room, so clients that just ask are served meanwhile.
+uvicorn's protocol over h11, which holds what has arrived of a request until it is whole. Here that is little and
+not for long, whoever sends it, since no token has been seen yet: see `Limits`. A connection always has a deadline, and
+when one too many comes, the one that has kept us waiting longest makes room, so clients that just ask are served.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from uvicorn.server import ServerState
 
 from ftb_llm.api.problems import Refused
 
-_READ_BYTES = 16 * 1024  # at a time; asyncio would take 256 KiB, and so many bytes of requests would wait in each connection
+_READ_BYTES = 16 * 1024  # at a time; asyncio would take 256 KiB, and as much would wait in each connection
 _LONGEST_DETAIL = 200
 _KINDS = {413: "body-too-large", 431: "header-too-large"}
 
@@ -43,13 +43,13 @@ class Phase(Enum):
 
     HEADER = auto()
     BODY = auto()
-    ANSWER = auto()  # to be computed and taken; of all phases the only one that doesn't wait for more of a request
+    ANSWER = auto()  # to be computed and taken; the only phase that doesn't wait for more of a request
     IDLE = auto()
     CLOSING = auto()  # refused; what else comes is thrown away
 
 
 class BoundedConnection(h11.Connection):
-    """h11, which also counts header lines and bytes of a body. `fault` says why the last request could not be read."""
+    """h11, which also counts header lines and bytes of a body. `fault` says why a request could not be read."""
 
     def __init__(self, limits: Limits) -> None:
         super().__init__(h11.SERVER, limits.header_bytes)
@@ -197,12 +197,12 @@ class BoundedProtocol(H11Protocol, asyncio.BufferedProtocol):
     # -- ends
 
     def _make_room(self) -> None:
-        held = [connection for connection in self.connections if isinstance(connection, BoundedProtocol) and not connection._is_dropped]
+        held = [other for other in self.connections if isinstance(other, BoundedProtocol) and not other._is_dropped]
         if len(held) > self._limits.connections:
             min(held, key=BoundedProtocol._worth)._drop()
 
     def _worth(self) -> tuple[bool, bool, bool, float]:
-        """Least for the connection to close first: refused ones, then those without a whole request yet, then idle ones; the oldest of each."""
+        """Least for the one to close first: those refused, then those without a whole request, then idle ones, oldest first."""
         return self._phase is not Phase.CLOSING, self._phase is Phase.ANSWER, self._has_asked, self._since
 
     def _refuse(self, kind: str, detail: str) -> None:
@@ -214,8 +214,8 @@ class BoundedProtocol(H11Protocol, asyncio.BufferedProtocol):
             self.cycle.disconnected = True  # whatever the application is about to answer
             self.cycle.message_event.set()
         response = Refused(kind, detail).response({"type": "http", "path": "/"})
-        lines = [b"HTTP/1.1 %d %s" % (response.status_code, STATUS_PHRASES[response.status_code]), b"connection: close"]
-        lines += [name + b": " + value for name, value in response.raw_headers]
+        status = b"HTTP/1.1 %d %s" % (response.status_code, STATUS_PHRASES[response.status_code])
+        lines = [status, b"connection: close"] + [name + b": " + value for name, value in response.raw_headers]
         self._enter(Phase.CLOSING)
         self.flow.resume_reading()
         self.transport.write(b"\r\n".join([*lines, b"", bytes(response.body)]))
@@ -223,9 +223,8 @@ class BoundedProtocol(H11Protocol, asyncio.BufferedProtocol):
             self.transport.write_eof()
 
     def _can_answer(self) -> bool:
-        return not self.transport.is_closing() and (
-            self.cycle is None or (self._phase is not Phase.BODY if self.cycle.response_complete else not self.cycle.response_started)
-        )
+        has_begun = self.cycle is not None and (self._phase is Phase.BODY if self.cycle.response_complete else self.cycle.response_started)
+        return not has_begun and not self.transport.is_closing()
 
     def _drop(self) -> None:
         self._is_dropped = True

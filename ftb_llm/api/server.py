@@ -6,7 +6,7 @@ import functools
 import logging
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
@@ -65,7 +65,7 @@ async def serve(app: FastAPI, host: str, port: int, *, limits: Limits | None = N
 
 
 def _uvicorn_config(app: FastAPI, limits: Limits) -> uvicorn.Config:
-    """`log_level` error: what a client does wrong is a warning to uvicorn, and nothing that the one who trains should see."""
+    """`log_level` error: what a client does wrong is a warning to uvicorn, and no line for the one who trains."""
     return uvicorn.Config(
         app,
         http=functools.partial(BoundedProtocol, limits=limits),  # type: ignore[arg-type]  # called like the class
@@ -82,9 +82,9 @@ def _uvicorn_config(app: FastAPI, limits: Limits) -> uvicorn.Config:
 
 @contextmanager
 def _accepting_calmly() -> Iterator[None]:
-    """One line a minute, instead of a traceback a second, while the process has no file handle left for a connection; asyncio goes on trying."""
+    """While no file handle is left for a connection, one line a minute instead of a traceback a second; asyncio tries on."""
     loop = asyncio.get_running_loop()
-    before: Callable[[asyncio.AbstractEventLoop, dict[str, Any]], object] | None = loop.get_exception_handler()
+    before = loop.get_exception_handler()
     last_warning = -WARNING_EVERY_SECONDS
 
     def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
