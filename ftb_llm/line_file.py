@@ -136,6 +136,20 @@ def read_rows(path: Path, *, needs: str, damaged: list[int] | None = None) -> It
                 damaged.append(number)
 
 
+def damaged_lines(path: Path, *, needs: str) -> list[int]:
+    """The numbers of the lines that `read_rows` would skip; many times faster than reading them."""
+    decoder = msgspec.json.Decoder(msgspec.defstruct("Row", [(needs, Any)]))
+    damaged: list[int] = []
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                decoder.decode(line)
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                if line.endswith(b"\n"):
+                    damaged.append(number)
+    return damaged
+
+
 def _row(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)

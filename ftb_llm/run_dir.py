@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ftb_llm.errors import SetupError
-from ftb_llm.line_file import LineFile, read_rows
+from ftb_llm.line_file import LineFile, damaged_lines, read_rows
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 _CHECKPOINT = re.compile(r"step_(\d{6,})")
@@ -74,24 +74,18 @@ class RunDir:
         append_line(self.path / EVENTS, row)
         return row
 
-    def metrics(self, damaged: list[int] | None = None) -> Iterator[dict[str, Any]]:
-        """Rows one by one; the numbers of lines that are none go to `damaged`."""
-        return read_rows(self.path / METRICS, needs="step", damaged=damaged)
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """Rows one by one, without those that are damaged."""
+        return read_rows(self.path / METRICS, needs="step")
 
-    def events(self, damaged: list[int] | None = None) -> Iterator[dict[str, Any]]:
+    def events(self) -> Iterator[dict[str, Any]]:
         """As `metrics`."""
-        return read_rows(self.path / EVENTS, needs="kind", damaged=damaged)
+        return read_rows(self.path / EVENTS, needs="kind")
 
     def damage(self) -> list[str]:
         """Files with lines that can't be read, in words. It reads both files whole: call it beside the loop."""
-        found: list[str] = []
-        for name, read in ((METRICS, self.metrics), (EVENTS, self.events)):
-            damaged: list[int] = []
-            for _ in read(damaged):
-                pass
-            if damaged:
-                found.append(damage_text(name, damaged))
-        return found
+        found = ((name, damaged_lines(self.path / name, needs=needs)) for name, needs in ((METRICS, "step"), (EVENTS, "kind")))
+        return [damage_text(name, damaged) for name, damaged in found if damaged]
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop the rows of steps that a resumed run will take again, so that each step stands once."""

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ftb_llm import line_file
-from ftb_llm.line_file import LineFile, read_rows
+from ftb_llm.line_file import LineFile, damaged_lines, read_rows
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -187,5 +187,6 @@ def test_a_reader_skips_and_numbers_what_is_damaged(tmp_path: Path) -> None:
     path.write_bytes(b'{"step": 0}\n{"st\n[1]\n{"other": 1}\n\xff\xfe\n{"step": 1}\n{"step": 2, "to')
     damaged: list[int] = []
     assert list(read_rows(path, needs="step", damaged=damaged)) == [{"step": 0}, {"step": 1}]
-    assert damaged == [2, 3, 4, 5]
+    assert damaged == damaged_lines(path, needs="step") == [2, 3, 4, 5]
+    assert damaged_lines(tmp_path / "gone.jsonl", needs="step") == []
     assert list(read_rows(tmp_path / "gone.jsonl", needs="step")) == []
