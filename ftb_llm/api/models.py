@@ -1,9 +1,10 @@
 """The documents of the control plane, as they are answered and as OpenAPI describes them."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+OldAndNew = Annotated[list[Any], Field(min_length=2, max_length=2)]
 State = Literal["starting", "training", "stopping", "stopped", "finished", "failed"]
 
 
@@ -30,6 +31,16 @@ class Problem(BaseModel):
     instance: str = Field(description="Path of the request.")
     errors: list[ErrorItem] | None = Field(default=None, description="On 422, and on 409 for fixed settings.")
     current_etag: str | None = Field(default=None, description="On 412: the ETag to read and retry with.")
+
+
+class Index(BaseModel):
+    """What is served here."""
+
+    service: Literal["ftb_llm control plane"] = "ftb_llm control plane"
+    version: str
+    docs: str = "/docs"
+    openapi: str = "/openapi.json"
+    status: str = "/v1/status"
 
 
 class Health(BaseModel):
@@ -59,7 +70,7 @@ class ActorStatus(Document):
 
     name: str
     state: str
-    version: int | None = Field(description="Policy version it samples from; 0 is the base model.")
+    version: int | None = Field(description="Policy version it samples from; 0 is the base model, null before its first push.")
     push_pause_ms: float | None = Field(description="Pause of its engine at the last push.")
     groups_in_flight: int
     tokens_per_second: float | None
@@ -102,6 +113,15 @@ class Accounting(Document):
     reasons: dict[str, int] = Field(default_factory=dict, description="Why groups were dropped or rejected.")
 
 
+class ReportsStatus(Document):
+    """Whether `metrics.jsonl`, `events.jsonl` and `eval/` are written. While they can't be, the run goes on."""
+
+    ok: bool
+    waiting: int = Field(description="Lines and files that wait in memory.")
+    lost: int = Field(description="Lines that were given up because too many waited.")
+    problem: str | None = Field(description="What the disk says, while it does.")
+
+
 class DivergenceStatus(Document):
     """One member of the family on the samples of the last step."""
 
@@ -134,6 +154,10 @@ class Status(Document):
     eval: dict[str, float | None] = Field(description="Latest exact numbers; empty for tasks without an oracle.")
     accounting: Accounting
     last_error: str | None
+    last_error_step: int | None = Field(default=None, description="Steps finished when it happened.")
+    last_error_time: float | None = Field(default=None, description="Unix time.")
+    last_checkpoint: int | None = Field(default=None, description="Step of the newest checkpoint.")
+    reports: ReportsStatus | None = None
     url: str | None
     run_dir: str
 
@@ -150,7 +174,7 @@ class ConfigPatched(BaseModel):
 
     config_version: int
     effective_step: int = Field(description="The first step that runs under this version.")
-    changed: dict[str, tuple[Any, Any]] = Field(description="Dotted key to [old, new]; empty when the patch changed nothing.")
+    changed: dict[str, OldAndNew] = Field(description="Dotted key to [old, new]; empty when the patch changed nothing.")
 
 
 class ConfigHistoryItem(BaseModel):
@@ -158,14 +182,16 @@ class ConfigHistoryItem(BaseModel):
 
     version: int
     effective_step: int
-    source: str = Field(description="start, resume, rest, cli.")
+    source: str = Field(description="start, resume, cli or rest; the last two by what the client's User-Agent claims to be.")
     time: float = Field(description="Unix time.")
-    changed: dict[str, tuple[Any, Any]]
+    changed: dict[str, OldAndNew]
 
 
 class ConfigHistory(BaseModel):
-    """All versions, oldest first."""
+    """Some of the versions, oldest first."""
 
+    total: int = Field(description="How many there are, and so the newest one's number.")
+    next: int | None = Field(description="`since` of the request that goes on from here; null when the newest version is among these.")
     versions: list[ConfigHistoryItem]
 
 

@@ -13,7 +13,7 @@ def test_it_reads_and_commands(url: str, run) -> None:
     with Client(url + "/") as client:
         assert client.status()["run"] == "fake"
         assert client.config()["config"]["run"]["max_steps"] == 50
-        assert client.checkpoint()["step"] == 12
+        assert client.checkpoint()["after_step"] == 12
         assert client.stop()["poll"] == "/v1/status"
     assert run.commands == [("checkpoint", "cli"), ("stop", "cli")]
 
@@ -22,6 +22,14 @@ def test_a_patch_names_its_source(url: str, run) -> None:
     with Client(url) as client:
         assert client.patch({"objective": {"beta": 0.25}})["changed"] == {"objective.beta": [0.5, 0.25]}
         assert [version["source"] for version in client.history()] == ["start", "cli"]
+
+
+def test_the_history_is_whole_however_long(url: str, run) -> None:
+    for number in range(1100):
+        run.ledger.patch({"run": {"max_steps": 1000 + number}}, if_match="*", source="rest")
+    with Client(url) as client:
+        assert [version["version"] for version in client.history()] == list(range(1, 1102))
+        assert [version["version"] for version in client.history(since=1099)] == [1100, 1101]
 
 
 def test_ready_and_its_cause(url: str, run) -> None:
