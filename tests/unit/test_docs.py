@@ -89,6 +89,8 @@ def test_a_broken_link_is_found(tmp_path: Path) -> None:
 def test_nothing_private_is_named() -> None:
     files = [*PAGES, *CONFIGS, *SOURCES, ROOT / "Makefile", ROOT / "pyproject.toml", *sorted((ROOT / "requirements").iterdir())]
     named = {path.relative_to(ROOT).as_posix(): PRIVATE.findall(path.read_text(encoding="utf-8")) for path in files}
+    # PyTorch's own wheels are named where the build of torch is chosen, and nowhere else.
+    assert named.pop("tools/torch_build.py") == ["download.pytorch.org", "--index-url"]
     assert {path: found for path, found in named.items() if found} == {}
 
 
