@@ -197,7 +197,7 @@ async def test_steps_added_when_the_loop_is_over_are_refused(tmp_path: Path) -> 
     class Late(FakeGenerator):
         async def generate(self, request: Any) -> Any:
             if int(request.group_id[1:]) >= 12:  # two for each of six steps are enough
-                while not run._generation._draining:
+                while not run._generation._draining:  # noqa: ASYNC110 - the condition is somebody else's state
                     await asyncio.sleep(0.001)
                 with pytest.raises(WrongState) as caught:
                     run.ledger.patch({"run": {"max_steps": 9}}, if_match="*", source="test")
