@@ -1,7 +1,8 @@
 """A new config version, written down in an order that leaves no trace of one that failed.
 
-`run.db` in a transaction that holds until `config.json` is written, then the event, which nobody may read of a version that
-is not there. What is raised here refuses the version: the ledger doesn't take its number, and the next patch can.
+`run.db` in a transaction that holds until `config.json` is written, then the event, which nobody may read of a
+version that is not there. What is raised here refuses the version: the ledger doesn't take its number, and the
+next patch can.
 """
 
 import errno

@@ -47,10 +47,10 @@ async def deliver(
     timeout_seconds: float,
     emit: Emit,
 ) -> PushReport | None:
-    """One push with its verdict written down. A failed one takes the generator out; None when there is no report.
+    """One push with its verdict written down. A failed one takes the generator out; None without a report.
 
-    A push that takes too long goes on in its actor. Until it is answered nothing else is sent there: this call then waits
-    for that answer, which counts however late it comes.
+    A push that takes too long goes on in its actor. Until it is answered nothing else is sent there: this call
+    then waits for that answer, which counts however late it comes.
     """
     told = state.unanswered is not None and state.phase is GeneratorPhase.OUT
     if state.unanswered is None:
@@ -103,7 +103,10 @@ async def catch_up(
     timeout_seconds: float,
     emit: Emit,
 ) -> None:
-    """Bring a generator to this adapter, after the answer to an earlier push where one is due; give up at the first failure."""
+    """Bring a generator to this adapter, after the answer to an earlier push where one is due.
+
+    The first failure ends it.
+    """
     while state.version < adapter.version and state.phase is not GeneratorPhase.DEAD:
         report = await deliver(port, state, adapter, payload, timeout_seconds=timeout_seconds, emit=emit)
         if report is None or not report.ok:

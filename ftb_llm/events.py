@@ -1,7 +1,7 @@
-"""What happens in a run, told three times: in `events.jsonl`, as the status's last error, and to the person who watches.
+"""What happens in a run, told in `events.jsonl`, as the status's last error, and to the person who watches.
 
-Something that goes wrong again and again is one fact, not thousands: of equal events the first is told, then every few
-seconds one that stands for all of them, with "(n times)" and the field `times`.
+Something that goes wrong again and again is one fact, not thousands: of equal events the first is told, then
+every few seconds one that stands for all of them, with "(n times)" and the field `times`.
 """
 
 import time
@@ -64,7 +64,7 @@ class Events:
         held.times, held.message, held.details = held.times + 1, message, details
 
     def close(self) -> None:
-        """Tell of those that were held back, and finish the files. What can't be written is said to who watches."""
+        """Tell of those that were held back, and finish the files; who watches is told what can't be written."""
         for (kind, _), held in list(self._held.items()):
             self._tell_held(kind, held)
         self._held.clear()

@@ -208,7 +208,7 @@ class _Transaction:
 
 
 def check_books(path: Path) -> None:
-    """A run that goes on needs its books. Raises `SetupError` when they are gone or damaged; a new file is never begun here."""
+    """A run that goes on needs its books. Raises `SetupError` when they are gone or damaged; begins none."""
     fault = _damage(path)
     if fault is not None:
         raise SetupError(

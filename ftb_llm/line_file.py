@@ -1,9 +1,10 @@
-"""Files of JSON lines: one that is kept open and written as well as the disk allows, and readers of such files.
+"""Files of JSON lines: one that is kept open and written as well as the disk allows, and readers.
 
-    append -> waiting lines -> the file          a line leaves the waiting ones only when all of it is in the file
+    append -> waiting lines -> the file      a line leaves the waiting ones only when all of it is in the file
 
-A write that fails leaves the lines in memory, and the next one begins with them. What half a write left in the file is cut
-off before the next line. Memory is bounded: of too many waiting lines the oldest is given up, and counted.
+A write that fails leaves the lines in memory, and the next one begins with them. What half a write left in
+the file is cut off before the next line. Memory is bounded: of too many waiting lines the oldest is given up,
+and counted.
 """
 
 import json
@@ -28,7 +29,7 @@ class _Numbered(msgspec.Struct):
 
 
 class LineFile:
-    """One file of JSON lines, open as long as it is written to. No error of the disk is ever raised: see `problem`."""
+    """One file of JSON lines, open as long as it is written to. It raises no error of the disk: see `problem`."""
 
     def __init__(self, path: Path, *, most_waiting: int = MOST_WAITING) -> None:
         self.path = path
@@ -114,16 +115,17 @@ class LineFile:
         if self._descriptor is None:
             descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
             self._descriptor = descriptor
-            size, whole = os.fstat(descriptor).st_size, next((end for _, end in _lines_backwards(descriptor)), 0)
+            size = os.fstat(descriptor).st_size
+            whole = next((end for _, end in _lines_backwards(descriptor)), 0)
             if whole < size and self._cut_at is None:
                 self._cut_at = whole
         return self._descriptor
 
 
 def read_rows(path: Path, *, needs: str, damaged: list[int] | None = None) -> Iterator[dict[str, Any]]:
-    """Every whole line that is a JSON object with the key `needs`. Others are skipped; their numbers go to `damaged`.
+    """Every whole line that is a JSON object with the key `needs`. The numbers of others go to `damaged`.
 
-    A torn last line is left out without a word: the machine died while it was written, or it is being written now.
+    A torn last line is left out without a word: the machine died while it was written, or it is being written.
     """
     with suppress(FileNotFoundError), path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -152,8 +154,8 @@ def damaged_lines(path: Path, *, needs: str) -> list[int]:
 
 def _row(line: bytes) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
-    except ValueError:
+        row = msgspec.json.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return None
     return row if isinstance(row, dict) else None
 
@@ -176,7 +178,7 @@ def _end_of_step(descriptor: int, step: int) -> int:
 def _lines_backwards(descriptor: int) -> Iterator[tuple[bytes, int]]:
     """Whole lines, the last one first, each with the byte after it."""
     begin, held = os.fstat(descriptor).st_size, b""
-    end: int | None = None  # of the line whose begin is looked for; None while the torn part behind the last line is passed
+    end: int | None = None  # of the line whose begin is looked for; None in the torn part behind the last line
     while begin > 0:
         size = min(_BLOCK_BYTES, begin)
         begin -= size

@@ -1,8 +1,8 @@
-"""What a run writes for its readers: `metrics.jsonl`, `events.jsonl` and `eval/*.json`. None of it may end the run.
+"""What a run writes for its readers: `metrics.jsonl`, `events.jsonl`, `eval/*.json`. None of it may end the run.
 
-A write that the disk refuses waits in memory and is tried again with the next one, and when the run ends. One notice tells
-of the trouble's begin and one of its end. The books (`run.db`, `config.json`) and the checkpoints are not written here:
-a run that can't keep those must not go on.
+A write that the disk refuses waits in memory and is tried again with the next one, and when the run ends. One
+notice tells of the trouble's begin and one of its end. The books (`run.db`, `config.json`) and the checkpoints
+are not written here: a run that can't keep those must not go on.
 """
 
 import time
@@ -43,7 +43,7 @@ class RunLog:
         self._settle()
 
     def forget_metrics_after(self, step: int) -> None:
-        """Drop the rows of steps that will be taken, or written, again. It may read much: call it beside the loop."""
+        """Drop the rows of steps that will be taken or written again. It may read much: call it beside the loop."""
         self._metrics.forget_after(step)
 
     def status(self) -> dict[str, Any]:

@@ -75,8 +75,8 @@ class StepTally:
 class ObjectiveChanges:
     """The objective of the first row, then each other one with the step where it took over.
 
-    An alpha that drifts along its ramp is no change; one that jumps is, at one of `switches`: the steps at which a schedule
-    or a change of the config puts a member into force.
+    An alpha that drifts along its ramp is no change; one that jumps is, at one of `switches`: the steps at which
+    a schedule or a change of the config puts a member into force.
     """
 
     def __init__(self, switches: Container[int]) -> None:
@@ -122,7 +122,7 @@ class EventTally:
         self._time(event)
 
     def _time(self, event: Row) -> None:
-        """A process's events go from `starting` to its last one; what a resume changed is written just before the former."""
+        """A process's events go from `starting` to its last; what a resume changed is written just before that."""
         if event["kind"] == "starting":
             self.earlier_seconds += self._span[1] - self._span[0] if self._span else 0.0
             self._span = (event["time"], event["time"])

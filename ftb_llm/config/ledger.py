@@ -75,11 +75,11 @@ class ConfigLedger:
 
     `next_step` gives the number of the first step that has not started; it may raise `WrongState` when no step will follow.
     `on_change` is called with each patched version before it counts: if it raises, nothing has changed.
-    `past` holds the versions of the run that is resumed. The constructor calls nobody; `added` is the version that it had
-    to add: the first one, or one for a config that differs from the last of `past`.
+    `past` holds the versions of the run that is resumed. The constructor calls nobody; `added` is the version
+    that it had to add: the first one, or one for a config that differs from the last of `past`.
 
-    A run may have thousands of versions. Only those that can still govern a step are kept whole, of the others what they
-    changed; an older one is put together again when it is asked for.
+    A run may have thousands of versions. Only those that can still govern a step are kept whole, of the others
+    what they changed; an older one is put together again when it is asked for.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class ConfigLedger:
         return self._add(successor)
 
     def _add(self, version: ConfigVersion) -> ConfigVersion:
-        """Append it, and let go of the configs that no step will ask for: the step in progress is the oldest that will."""
+        """Append it, and let go of the configs that no step will ask for; the oldest that will is in progress."""
         before = self._entries[-1].divergence if self._entries else None
         divergence = version.config.objective.divergence
         self._entries.append(_Entry(version.change, before if before is not None and before == divergence else divergence))
@@ -199,7 +199,7 @@ class ConfigLedger:
         return version
 
     def _version(self, position: int) -> ConfigVersion:
-        """The whole version at a position; one that is not kept whole is the newest with every later change undone."""
+        """The whole version at a position; one not kept whole is the newest with every later change undone."""
         change = self._entries[position].change
         for kept in self._whole:
             if kept.version == change.version:

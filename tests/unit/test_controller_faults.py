@@ -190,6 +190,27 @@ async def test_after_a_stop_and_after_the_end_patches_are_refused(tmp_path: Path
     assert run.ledger.current.version == 1
 
 
+async def test_steps_added_when_the_loop_is_over_are_refused(tmp_path: Path) -> None:
+    """After its last step a run still waits for the groups under way."""
+    refused: list[str] = []
+
+    class Late(FakeGenerator):
+        async def generate(self, request: Any) -> Any:
+            if int(request.group_id[1:]) >= 12:  # two for each of six steps are enough
+                while not run._generation._draining:  # noqa: ASYNC110 - the condition is somebody else's state
+                    await asyncio.sleep(0.001)
+                with pytest.raises(WrongState) as caught:
+                    run.ledger.patch({"run": {"max_steps": 9}}, if_match="*", source="test")
+                refused.append(str(caught.value))
+            return await super().generate(request)
+
+    learner = FakeLearner()
+    run = make_run(tmp_path / "run", SETTINGS, generators=[Late()], learner=learner)
+    await to_end(run)
+    assert refused and set(refused) == {"no step will follow: the run is stopping"}
+    assert learner.requests[-1].step == 6 and run.ledger.current.version == 1
+
+
 async def test_max_steps_lowered_while_groups_are_waited_for_ends_the_run_there(tmp_path: Path) -> None:
     class Lowering(FakeGenerator):
         async def generate(self, request: Any) -> Any:

@@ -115,7 +115,7 @@ async def test_a_settings_change_can_not_pile_pushes_up():
     port, state, events, newest = Slow(), GeneratorState(name="generator-0"), Events(), NewestAdapter()
     await newest.publish(make_adapter(4), b"")
     loop = asyncio.ensure_future(deliver_forever(port, state, newest, lambda: config, events))
-    await asyncio.sleep(2.5)
+    await until(lambda: state.phase is GeneratorPhase.OUT)
     assert port.most_held == 1 and events.kinds == ["push_failed", "actor_out"]
     port.let_go.set()
     await until(lambda: state.phase is GeneratorPhase.SERVING)
