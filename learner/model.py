@@ -30,6 +30,7 @@ from learner.sharding import decoder_layers, shard
 
 ALL_LINEAR = "all-linear"
 _WEIGHTS = "model.safetensors"
+CAPPED = "attn_logit_softcapping"  # attention scores, which of transformers' ways the eager one alone caps; its default drops it
 
 
 class AdaptedModel:
@@ -101,6 +102,9 @@ class AdaptedModel:
         if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in state.items()}:
             raise CheckpointError("the adapter has other tensors than this run's model and model.lora make; it is of another run")
         set_peft_model_state_dict(self.peft_model, state)
+        loaded = self.adapter_state()
+        if lost := sorted(name for name, tensor in state.items() if not torch.equal(loaded[name], tensor.to("cpu", loaded[name].dtype))):
+            raise CheckpointError(f"PEFT did not load {lost[0]} of the adapter ({len(lost)} such tensors): the model names it otherwise")
 
     def parameter_counts(self) -> dict[str, int]:
         trainable, total = self.peft_model.get_nb_trainable_parameters()
@@ -148,7 +152,9 @@ def weight_files(model_path: Path) -> list[str]:
 def load_base(config: Config, model_path: Path) -> PreTrainedModel:
     transformers_logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, config.model.dtype))
+        described = AutoConfig.from_pretrained(model_path)
+        chosen = {} if getattr(described.get_text_config(), CAPPED, None) is None else {"attn_implementation": "eager"}
+        return AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, config.model.dtype), **chosen)
     except (OSError, ValueError) as error:
         raise ConfigError("model.path", f"{model_path} can't be loaded: {' '.join(str(error).split())}") from None
 

@@ -53,7 +53,7 @@ def test_the_settings_of_the_passes_reach_them(path: Path, monkeypatch: pytest.M
         asked.append(float32)
         return chosen_logprobs(*args, float32=float32, **kwargs)
 
-    monkeypatch.setattr("learner.logprobs.chosen_logprobs", recording)
+    monkeypatch.setattr("learner.ways.chosen_logprobs", recording)
     for chosen in (False, True):
         model = AdaptedModel(tiny_llama.tiny_config(learner={"float32_head": chosen, "recompute_activations": chosen}), path)
         take_step(model, tiny_llama.step_request(1), micro_batch_tokens=1000)
