@@ -189,7 +189,7 @@ def _length(value: int, longest: int) -> int:
 
 
 def _cut_rope(rope: dict[str, Any], longest: int) -> dict[str, Any]:
-    changed = {name: _cut_rope(value, longest) for name, value in rope.items() if isinstance(value, dict)}
+    changed: dict[str, Any] = {name: _cut_rope(value, longest) for name, value in rope.items() if isinstance(value, dict)}
     if isinstance(rope.get(_ORIGINAL), int):
         changed[_ORIGINAL] = _length(rope[_ORIGINAL], longest)
     return rope | changed

@@ -10,7 +10,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 
 from ftb_llm.errors import CheckpointError, ConfigError, FtbError
 from learner.head import chosen_logprobs
-from learner.model import AdaptedModel, check_model
+from learner.model import AdaptedModel
+from learner.model_check import check_model
 from learner.step import take_step
 from tests import tiny_llama
 
