@@ -120,15 +120,15 @@ def pushable_names(model: PreTrainedModel, stored: Shapes) -> list[str]:
 
 
 def unadapted(model: PreTrainedModel, lora: Lora, stored: Shapes) -> tuple[float, str]:
-    """Which share of the weights between embeddings and head has no adapter, and the largest of them."""
+    """Which share of the weights between embeddings and head, norms and biases aside, has no adapter, and the largest of them."""
     outside = {id(weight) for module in model.modules() if isinstance(module, nn.Embedding) for weight in module.parameters()}
     head: Any = model.get_output_embeddings()
     outside |= {id(weight) for weight in head.parameters()}
-    blocks = {name: math.prod(weight.shape) for name, weight in model.named_parameters() if id(weight) not in outside}
+    blocks = {name: math.prod(weight.shape) for name, weight in model.named_parameters() if weight.ndim > 1 and id(weight) not in outside}
     targets = tuple(target_modules(model, lora, stored))
     ends = tuple(f".{target}" for target in targets)
     rest = {name: count for name, count in blocks.items() if not _is_target(name, targets, ends)}
-    return sum(rest.values()) / sum(blocks.values()), max(rest, key=rest.__getitem__, default="")
+    return sum(rest.values()) / max(1, sum(blocks.values())), max(rest, key=rest.__getitem__, default="")
 
 
 def _is_target(parameter: str, targets: Sequence[str], ends: tuple[str, ...]) -> bool:
