@@ -57,6 +57,7 @@ def summarise(run_dir: RunDir, config: Config, *, state: str, accounting: dict[s
         "logprob_max_abs_diff": None,
         "logprob_mean_abs_diff": None,
         "logprob_compared": None,
+        "trial_seconds": None,
         "peak_rss_gib": None,
         "total_seconds": None,
         **facts,
