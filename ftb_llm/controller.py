@@ -40,7 +40,7 @@ from ftb_llm.status import run_status
 from ftb_llm.types import ScoredGroup, StepRequest
 
 _NOT_PACKED = (
-    "the model departs from transformers' conventions (a sliding window shorter than actors.max_model_len, capped logits, attention sinks, an attention of its own), "
+    "the model departs from transformers' conventions (a window shorter than actors.max_model_len, capped logits, sinks, an attention of its own), "
     "so the learner runs it row by row with full logits: exact, but slower, and with much more memory"
 )
 _DRAIN_SECONDS = 10.0  # how long a stop waits for groups that are being generated
