@@ -44,7 +44,7 @@ from ftb_llm.status import run_status
 from ftb_llm.types import ScoredGroup, StepRequest
 
 _NOT_PACKED = (
-    "the model departs from transformers' conventions (a sliding window shorter than actors.max_model_len, capped logits, an attention of its own), "
+    "the model departs from transformers' conventions (a window shorter than actors.max_model_len, capped logits, sinks, an attention of its own), "
     "so the learner runs it row by row with full logits: exact, but slower, and with much more memory"
 )
 _DRAIN_SECONDS = 10.0  # how long a stop waits for groups that are being generated
@@ -153,6 +153,7 @@ class Controller:
     async def _start(self) -> None:
         self.emit("starting", "engines load and warm up")
         learner, *_ = await asyncio.gather(self._learner.start(), *(port.start() for port in self._ports.values()))
+        self.facts["trial_seconds"] = learner.get("trial_seconds")
         if not learner.get("packed", True):
             self.emit("warning", _NOT_PACKED)
         if self._resume_from is not None:

@@ -40,7 +40,7 @@ from ftb_llm.run_dir import RunDir
 from ftb_llm.state import Phase
 from ftb_llm.summary import summarise
 from learner.checkpoint import verified
-from learner.model import check_model
+from learner.model_check import check_model
 from learner.ray_actor import LearnerActor, ReferenceActor
 from learner.trial import run_trial
 
@@ -54,7 +54,7 @@ def train(config: Config, *, resume: Path | None, progress: Progress) -> int:
     began = time.monotonic()
     token = check_setup(config)
     inputs = read_inputs(config, progress)
-    check_model(config, inputs.model_path)
+    check_model(config, inputs.model_path, progress)
 
     def drive(run_dir: RunDir, place: PlacementGroup | None) -> int:
         try:

@@ -55,6 +55,7 @@ def summarise(run_dir: RunDir, config: Config, *, state: str, accounting: dict[s
         "logprob_max_abs_diff": None,
         "logprob_mean_abs_diff": None,
         "logprob_compared": None,
+        "trial_seconds": None,
         "peak_rss_gib": None,
         **facts,
         "total_seconds": facts["total_seconds"] + events.earlier_seconds if "total_seconds" in facts else None,

@@ -63,7 +63,10 @@ class Lora(Section):
     rank: int = Fixed(16, "Rank of the adapter.", ge=1, le=1024)
     alpha: float = Fixed(32.0, "Scaling numerator: the merged weight is base + alpha / rank * B A.", gt=0)
     rslora: bool = Fixed(False, "Scale by alpha / sqrt(rank) instead of alpha / rank.")
-    targets: str | list[str] = Fixed("all-linear", "Module names to adapt, or all-linear for every linear layer but the head; a list may hold both.")
+    targets: str | list[str] = Fixed(
+        "all-linear",
+        "Module names to adapt, or all-linear for every linear layer but the head that can be pushed, so without fused experts; a list may hold both.",
+    )
 
 
 class Model(Section):

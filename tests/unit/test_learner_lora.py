@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.nn import functional
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from learner.lora import _GatedLoraLinear, _LoraLinear, speed_up
-from tests import tiny_llama
+from tests import tiny_families, tiny_llama
 
 IDS = torch.tensor([[5, 6, 7, 8], [1, 2, 3, 4]])
 
@@ -41,6 +42,36 @@ def test_value_and_gradient_are_pefts(path: Path) -> None:
     with plain.disable_adapter(), fast.disable_adapter():
         assert torch.equal(fast(IDS).logits, plain(IDS).logits)
     assert fast.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_output_may_be_changed_in_place(bias: bool, gated: bool) -> None:
+    """As some models do that clip projections or scale them, with a gradient."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 3, 5), (2, 3, 5), (4, 5), (4,), (2, 5), (4, 2))
+    gate, x, weight, own_bias, a, b = (torch.randn(shape, generator=generator) for shape in shapes)
+    trained = [part.requires_grad_() for part in (x, a, b)]
+    added = own_bias if bias else None
+    inputs = (gate, x) if gated else (x,)
+    out = (_GatedLoraLinear if gated else _LoraLinear).apply(*inputs, weight, added, a, b, 1.5)
+    got = torch.autograd.grad(out.clamp_(-1, 1).sum(), trained)
+    whole = functional.silu(gate) * x if gated else x
+    expected = functional.linear(whole, weight, added) + 1.5 * whole @ a.t() @ b.t()
+    torch.testing.assert_close(out, expected.clamp(-1, 1))
+    torch.testing.assert_close(got, torch.autograd.grad(expected.clamp(-1, 1).sum(), trained))
+
+
+@pytest.mark.parametrize(("kind", "changes"), [("olmo", {"clip_qkv": 0.5}), ("olmo", {"clip_qkv": 0.5, "attention_bias": True})])
+def test_a_model_that_clips_its_projections_in_place_is_pefts(kind: str, changes: dict[str, Any]) -> None:
+    models = []
+    for _ in range(2):
+        base = tiny_families.make(kind, **changes)
+        torch.manual_seed(0)
+        models.append(get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval())
+    plain, fast = models
+    assert speed_up(fast) == 14
+    torch.testing.assert_close(outcome(fast), outcome(plain), rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_are_those_of_finite_differences() -> None:

@@ -1,18 +1,22 @@
+import json
 import math
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch._inductor import config as inductor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 from ftb_llm.errors import CheckpointError, ConfigError, FtbError
 from learner.head import chosen_logprobs
-from learner.model import AdaptedModel, check_model
+from learner.model import AdaptedModel, load_base
+from learner.model_check import check_model
 from learner.step import take_step
-from tests import tiny_llama
+from tests import tiny_families, tiny_llama
+from tests.tiny_families import EXPERTS
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,7 @@ def test_the_settings_of_the_passes_reach_them(path: Path, monkeypatch: pytest.M
         asked.append(float32)
         return chosen_logprobs(*args, float32=float32, **kwargs)
 
-    monkeypatch.setattr("learner.logprobs.chosen_logprobs", recording)
+    monkeypatch.setattr("learner.ways.chosen_logprobs", recording)
     for chosen in (False, True):
         model = AdaptedModel(tiny_llama.tiny_config(learner={"float32_head": chosen, "recompute_activations": chosen}), path)
         take_step(model, tiny_llama.step_request(1), micro_batch_tokens=1000)
@@ -210,6 +214,28 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights(path: Path, value: flo
 def test_an_adapter_of_another_shape_is_refused(path: Path) -> None:
     with pytest.raises(CheckpointError, match="is of another run"):
         adapted(path).load_adapter_state(adapted(path, rank=2).adapter_state())
+
+
+def test_an_adapter_that_is_not_taken_as_a_whole_is_refused(tmp_path: Path) -> None:
+    """PEFT passes over the tensors of layers that transformers names otherwise on disk, here shared experts, and says nothing."""
+    path = tiny_families.build(tmp_path, "laguna", **EXPERTS, head_dim=8)
+    base = load_base(tiny_llama.tiny_config(), path)
+    safetensors.torch.save_file({name: tensor.clone() for name, tensor in base.state_dict().items()}, path / "twice.safetensors")
+    everywhere = {name: file for file in ("model", "twice") for name in safetensors.torch.load_file(path / f"{file}.safetensors")}
+    index = {"weight_map": {name: f"{file}.safetensors" for name, file in everywhere.items()}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    model = adapted(path)
+    assert any("shared_expert" in name for name in model.adapter_state())
+    state = {name: tensor + 1 for name, tensor in model.adapter_state().items()}
+    with pytest.raises(CheckpointError, match=r"PEFT did not load .*shared_expert.* of the adapter \(\d+ such tensors\)"):
+        model.load_adapter_state(state)
+
+
+def test_an_adapter_comes_back(path: Path) -> None:
+    model = adapted(path)
+    state = {name: tensor + 1 for name, tensor in model.adapter_state().items()}
+    model.load_adapter_state(state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.adapter_state().items())
 
 
 def test_bfloat16_keeps_the_adapter_in_float32(path: Path) -> None:
