@@ -34,6 +34,7 @@ from ftb_llm.inputs import Inputs, read_inputs
 from ftb_llm.journal import Journal
 from ftb_llm.machine import PeakMemory, core_count, gpu_count, tree_rss_bytes
 from ftb_llm.ports import Progress
+from ftb_llm.preflight import read_token
 from ftb_llm.remote import RemoteGenerator, RemoteLearner, RemoteReference, check_resources, reserved, running_ray
 from ftb_llm.report import write_report
 from ftb_llm.rewards import RewardSet, RewardWorkers
@@ -105,13 +106,7 @@ def check_setup(config: Config) -> str | None:
         check_port(config.control.host, config.control.port)
     if not os.environ.get("RAY_ADDRESS"):
         check_machine(config)
-    if config.control.token_env is None:
-        return None
-    token = os.environ.get(config.control.token_env, "")
-    if not token.strip():
-        fault = "holds only white space" if token else "is not set"
-        raise SetupError(f"control.token_env: the environment variable {config.control.token_env} {fault}; it must hold the bearer token")
-    return token.strip()  # a line break that a file left behind can't be sent in a header
+    return read_token(config)
 
 
 def check_machine(config: Config) -> None:

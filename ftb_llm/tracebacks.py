@@ -29,6 +29,6 @@ def one_line(text: str) -> str:
 def _message(lines: list[str], start: int) -> list[str]:
     """The exception's line and those of its message below: up to an empty line, another traceback or another exception."""
     end = start + 1
-    while end < len(lines) and lines[end] and not lines[end].startswith("Traceback") and not _EXCEPTION.match(lines[end]):
+    while end < len(lines) and lines[end] and not lines[end].startswith(("Traceback", "Process ")) and not _EXCEPTION.match(lines[end]):
         end += 1
     return lines[start:end]
