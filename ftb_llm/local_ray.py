@@ -58,7 +58,7 @@ def _settings(folder: Path) -> dict[str, str]:
 def _read_settings_again() -> None:
     """Ray has read its settings when it was imported."""
     from ray._private import ray_constants
-    from ray._raylet import Config
+    from ray._raylet import Config  # type: ignore[attr-defined]  # compiled, without types
 
     ray_constants.ENABLE_RAY_CLUSTER = False
     Config.initialize("")

@@ -94,9 +94,15 @@ async def _call(reply: Awaitable[Any]) -> Any:
         return await reply
     except RayTaskError as error:
         cause = error.cause
-        raise (cause if isinstance(cause, FtbError) else RemoteError(f"{type(cause).__name__}: {' '.join(str(cause).split())}")) from error
+        raise (cause if isinstance(cause, FtbError) else RemoteError(told(cause))) from error
     except RayActorError as error:
         raise ProcessDied(death_reason(str(error))) from error
+
+
+def told(cause: BaseException) -> str:
+    """An actor's exception in one line. Where a class could not be imported, Ray raises an exception whose message holds the traceback."""
+    words = str(cause)
+    return (last_exception(words) if "Traceback" in words else None) or f"{type(cause).__name__}: {' '.join(words.split())}"
 
 
 def death_reason(text: str) -> str:

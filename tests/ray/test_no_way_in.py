@@ -78,7 +78,7 @@ def session() -> Iterator[Path]:
     if ray.is_initialized():
         pytest.skip("whoever runs the tests has a Ray up in this process, and it is not the run's own")
     with running_ray():
-        ray.get(Worker.remote().environment.remote())
+        ray.get(Worker.remote().environment.remote())  # type: ignore[attr-defined]
         yield Path(ray.get_runtime_context().get_temp_dir()).parent
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ftb_llm.errors import ProcessDied, RemoteError, WrongState
-from ftb_llm.remote import all_ranks, death_reason
+from ftb_llm.remote import all_ranks, death_reason, told
 
 
 async def answer(value: Any, after: float = 0.0) -> Any:
@@ -72,3 +72,9 @@ def test_a_death_is_told_without_rays_names_and_guesses() -> None:
 
 def test_a_death_by_an_exception_is_that_exception() -> None:
     assert death_reason(AT_IMPORT) == "ModuleNotFoundError: No module named 'learner'"
+
+
+def test_an_exception_whose_message_holds_a_traceback_is_the_one_within() -> None:
+    cause = RuntimeError("The actor with name LearnerActor failed to import on the worker.\n\nTraceback (most recent call last):\n  File x\nKeyError: 'peft'")
+    assert told(cause) == "KeyError: 'peft'"
+    assert told(ValueError("one\n two")) == "ValueError: one two"
