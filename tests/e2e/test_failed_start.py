@@ -45,7 +45,7 @@ def test_an_actor_whose_import_fails_says_which(launch, tmp_path):
 def test_ctrl_c_during_the_start_leaves_nothing(launch):
     before = set(Path(tempfile.gettempdir()).glob("ftb-*")) | set(Path("/dev/shm").glob("ftb-llm-*"))
     run = launch(str(QUICKSTART))
-    run.wait_until(lambda status: status["phase"] == "starting", START_SECONDS)
+    run.wait_until(lambda status: status["state"] == "starting", START_SECONDS)
     family = psutil.Process(run.process.pid).children(recursive=True)
     run.interrupt()
     assert run.exit_code(60) == 130, run.output()
