@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from actors.engine_output import EngineOutput
 from ftb_llm.config import Config
 from ftb_llm.errors import EngineError, ProcessDied, RequestRefused, SetupError
 from ftb_llm.types import Completion, FinishReason, SamplingSpec
@@ -96,7 +97,12 @@ def start_engine(config: Config, model_path: Path, *, seed: int, scratch: Path) 
         right = "0" if current_platform.is_cpu() else "above 0"
         build = f"a {current_platform.device_type} build of vLLM"
         raise SetupError(f"actors.gpus_each: {config.actors.gpus_each:g} does not go with {build}; it must be {right}")
-    return Engine(AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_settings(config, model_path, seed=seed))), model_path)
+    output = EngineOutput.begin()
+    try:
+        llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_settings(config, model_path, seed=seed)))
+    except Exception as error:  # noqa: BLE001 - whatever vLLM says, with its own type left behind
+        raise EngineError(f"the engine did not start: {output.reason(error)}") from None
+    return Engine(llm, model_path)
 
 
 class Engine:

@@ -26,6 +26,7 @@ from actors.engine import start_engine
 from ftb_llm.config import Config
 from ftb_llm.config.resolve import resolve_canary_tolerance
 from ftb_llm.errors import CheckpointError, NotServing, RequestRefused, WrongState
+from ftb_llm.local_ray import MEMORY, SCRATCH_NAME
 from ftb_llm.machine import tree_rss_bytes
 from ftb_llm.types import AdapterRef, Completion, Group, GroupRequest, PushReport, SamplingSpec
 
@@ -223,8 +224,9 @@ def engine_seed(run_seed: int, name: str) -> int:
 
 
 def _scratch_folder() -> Path:
-    memory = Path("/dev/shm")
-    return Path(tempfile.mkdtemp(prefix="ftb-llm-", dir=memory if memory.is_dir() else None))
+    """In memory, and named so that a Ray of our own takes away what a killed actor leaves."""
+    name = os.environ.get(SCRATCH_NAME, "")
+    return Path(tempfile.mkdtemp(prefix=f"ftb-llm-{name}-", dir=MEMORY if MEMORY.is_dir() else None))
 
 
 def _unpack(adapter: AdapterRef, payload: bytes, file: Path, base: Path) -> None:

@@ -5,6 +5,7 @@ The only module that knows actors, learner, Ray, control plane and controller at
 
 import asyncio
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,7 @@ from ftb_llm.inputs import Inputs, read_inputs
 from ftb_llm.journal import Journal, check_books
 from ftb_llm.machine import PeakMemory, core_count, gpu_count, tree_rss_bytes
 from ftb_llm.ports import Progress
+from ftb_llm.preflight import read_token
 from ftb_llm.remote import RemoteGenerator, RemoteLearner, RemoteReference, check_resources, reserved, running_ray
 from ftb_llm.report import write_report
 from ftb_llm.rewards import RewardSet, RewardWorkers
@@ -53,6 +55,7 @@ def train(config: Config, *, resume: Path | None, progress: Progress) -> int:
     """Run to the end. Returns 0, or 130 after Ctrl-C; raises on failure, before anything starts if the fault is in the setup."""
     began = time.monotonic()
     token = check_setup(config)
+    os.environ.pop(config.control.token_env or "", None)  # neither rewards nor Ray's workers have a use for it
     inputs = read_inputs(config, progress)
     check_model(config, inputs.model_path, progress)
 
@@ -70,8 +73,19 @@ def train(config: Config, *, resume: Path | None, progress: Progress) -> int:
                 return drive(run_dir, place)
     path = Path(config.run.dir) / (config.run.name or default_name(config))
     RunDir.check_free(path)
-    with ray_for(config) as place, RunDir.create(path).locked() as run_dir:
+    with ray_for(config) as place, RunDir.create(path).locked() as run_dir, gone_unless_started(run_dir):
         return drive(run_dir, place)
+
+
+@contextmanager
+def gone_unless_started(run_dir: RunDir) -> Iterator[None]:
+    """Take a fresh run's folder away when its start fails: there is nothing in it, and the name is free for the next try."""
+    try:
+        yield
+    except BaseException:
+        if not any(event["kind"] == "started" for event in run_dir.events()):
+            shutil.rmtree(run_dir.path)
+        raise
 
 
 @contextmanager
@@ -94,13 +108,7 @@ def check_setup(config: Config) -> str | None:
         check_port(config.control.host, config.control.port)
     if not os.environ.get("RAY_ADDRESS"):
         check_machine(config)
-    if config.control.token_env is None:
-        return None
-    token = os.environ.get(config.control.token_env, "")
-    if not token.strip():
-        fault = "holds only white space" if token else "is not set"
-        raise SetupError(f"control.token_env: the environment variable {config.control.token_env} {fault}; it must hold the bearer token")
-    return token.strip()  # a line break that a file left behind can't be sent in a header
+    return read_token(config)
 
 
 def check_machine(config: Config) -> None:
@@ -228,7 +236,7 @@ def start_reference(config: Config, inputs: Inputs) -> RemoteReference | None:
 
 
 def ctrl_c_stops(controller: Controller) -> asyncio.Event:
-    """The first Ctrl-C (or SIGTERM) asks for a clean stop, the second ends the run where it stands. Returns whether one came."""
+    """The first Ctrl-C (or SIGTERM) asks for a clean stop, the second, or one while the run starts, ends it where it stands. Returns whether one came."""
     interrupted = asyncio.Event()
     loop = asyncio.get_running_loop()
     run = asyncio.current_task()
@@ -238,7 +246,9 @@ def ctrl_c_stops(controller: Controller) -> asyncio.Event:
         if interrupted.is_set():
             run.cancel("a second Ctrl-C")
         interrupted.set()
-        if controller.state.phase in (Phase.STARTING, Phase.TRAINING):
+        if controller.state.phase is Phase.STARTING:
+            run.cancel("Ctrl-C")  # nothing is there yet that a clean stop would save
+        elif controller.state.phase is Phase.TRAINING:
             controller.request_stop("Ctrl-C")
 
     for signal_number in (signal.SIGINT, signal.SIGTERM):
@@ -263,6 +273,8 @@ def write_outcome(controller: Controller, run_dir: RunDir, facts: dict[str, Any]
         accounting=controller.buffer.accounting.as_dict(),
         facts=controller.facts | facts,
     )
+    if controller.state.phase is Phase.FAILED:
+        summary["failure"] = controller.state.last_error
     run_dir.write_json("summary.json", summary)
     write_report(run_dir.path)
 

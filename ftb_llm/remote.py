@@ -3,17 +3,21 @@
 import asyncio
 import itertools
 import os
+import re
 import time
 from collections.abc import Awaitable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from ftb_llm.errors import FtbError, ProcessDied, RemoteError, SetupError
+from ftb_llm.errors import EngineError, FtbError, ProcessDied, RemoteError, SetupError
+from ftb_llm.local_ray import private_session
 from ftb_llm.machine import core_count
+from ftb_llm.tracebacks import last_exception, one_line
 from ftb_llm.types import AdapterRef, EvalReport, Group, GroupRequest, PushReport, StepReport, StepRequest
 
 _START_TIMEOUT_SECONDS = 600.0  # real checkpoints are large; an actor that can't be placed must still not hang for ever
@@ -29,17 +33,32 @@ def running_ray() -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address:
         ray.init(address=address, logging_level="warning", log_to_driver=False)
-    else:
-        ray.init(address="local", num_cpus=core_count(), include_dashboard=False, logging_level="warning", log_to_driver=False)
-    try:
-        yield
-    finally:
-        ray.shutdown()
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    with private_session() as folder:
+        try:
+            ray.init(
+                address="local",
+                num_cpus=core_count(),
+                include_dashboard=False,
+                logging_level="error",  # its warnings (file descriptors, missing metrics) would break the live panel
+                log_to_driver=False,
+                _temp_dir=str(folder),
+            )
+            yield
+        finally:
+            ray.shutdown()
 
 
-def log_folder() -> str:
-    """Where the actors' own logs are."""
-    return os.path.join(ray.get_runtime_context().get_session_dir(), "logs")
+def where_logs_are() -> str:
+    """Where a cluster's actors keep their logs, as the end of an error's line; a Ray of our own takes them away with itself."""
+    if not os.environ.get("RAY_ADDRESS"):
+        return ""
+    context = ray.get_runtime_context()
+    return f"; the actors' logs are in {Path(context.get_temp_dir()) / context.get_session_name() / 'logs'} on their nodes"
 
 
 def check_resources(cpus: float, gpus: float) -> None:
@@ -75,19 +94,34 @@ async def _call(reply: Awaitable[Any]) -> Any:
         return await reply
     except RayTaskError as error:
         cause = error.cause
-        raise (cause if isinstance(cause, FtbError) else RemoteError(f"{type(cause).__name__}: {' '.join(str(cause).split())}")) from error
+        raise (cause if isinstance(cause, FtbError) else RemoteError(told(cause))) from error
     except RayActorError as error:
-        raise ProcessDied(" ".join(str(error).split())) from error
+        raise ProcessDied(death_reason(str(error))) from error
+
+
+def told(cause: BaseException) -> str:
+    """An actor's exception in one line. Where a class could not be imported, Ray raises an exception whose message holds the traceback."""
+    words = str(cause)
+    return (last_exception(words) if "Traceback" in words else None) or f"{type(cause).__name__}: {' '.join(words.split())}"
+
+
+def death_reason(text: str) -> str:
+    """The useful part of what Ray says of a dead actor: it puts names, numbers and guesses around it."""
+    if raised := last_exception(text):
+        return raised
+    if detail := re.search(r"Worker exit detail: (.+?)(?: There are some potential root causes|$)", one_line(text)):
+        return f"its process ended: {detail[1]} It was killed, perhaps for lack of memory, or it crashed."
+    return one_line(text.partition("\n\t")[0])
 
 
 async def _started(reply: Awaitable[Any], name: str) -> dict[str, Any]:
     try:
         async with asyncio.timeout(_START_TIMEOUT_SECONDS):
             facts: dict[str, Any] = await _call(reply)
-    except (RemoteError, ProcessDied) as error:
-        raise RemoteError(f"{name} did not start: {error}; the actors' logs are in {log_folder()}") from error
+    except (RemoteError, ProcessDied, EngineError) as error:
+        raise RemoteError(f"{name} did not start: {error}{where_logs_are()}") from None
     except TimeoutError:
-        raise RemoteError(f"{name} did not start within {_START_TIMEOUT_SECONDS:g} s; the actors' logs are in {log_folder()}") from None
+        raise RemoteError(f"{name} did not start within {_START_TIMEOUT_SECONDS:g} s{where_logs_are()}") from None
     return facts
 
 

@@ -36,7 +36,8 @@ class RunDir:
     @classmethod
     def create(cls, path: Path) -> "RunDir":
         try:
-            path.mkdir(parents=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir(mode=0o700)  # prompts, completions and settings are nobody else's
         except FileExistsError:
             raise _taken(path) from None
         except OSError as error:

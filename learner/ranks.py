@@ -99,6 +99,19 @@ def free_address(host: str) -> str:
         return f"{host}:{probe.getsockname()[1]}"
 
 
+def open_store(host: str) -> tuple[str, dist.TCPStore]:
+    """Where the ranks will meet, and its address; it listens on `host` alone, while torch's own would on every interface."""
+    listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    port = listener.getsockname()[1]
+    return f"{host}:{port}", dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+
+
+def join_store(*, rank: int, count: int, address: str, threads: int) -> None:
+    """Like `join`, for a store that is open already: torch's launcher has names for that, which its rendezvous follows."""
+    join(rank=rank, count=count, address=address, threads=threads)
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+
+
 def join(*, rank: int, count: int, address: str, threads: int) -> None:
     """Tell accelerate, through the environment, that this process is one of `count`; it meets the others when a model is built.
 

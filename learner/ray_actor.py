@@ -11,7 +11,7 @@ from ftb_llm.config import Config
 from ftb_llm.machine import tree_rss_bytes
 from ftb_llm.types import AdapterRef, EvalReport, Group, Prompt, StepReport, StepRequest
 from learner.learner import Learner, thread_count
-from learner.ranks import free_address, join
+from learner.ranks import join_store, open_store
 from learner.reference import Reference
 
 
@@ -33,11 +33,12 @@ class LearnerActor:
 
     def rendezvous(self) -> str:
         """Asked of rank 0: where the others will find it."""
-        return free_address(ray.util.get_node_ip_address())
+        address, self._store = open_store(ray.util.get_node_ip_address())
+        return address
 
     def join(self, rank: int, address: str) -> None:
         """Be that rank of the group that meets at `address`; called before anything else, where there are several."""
-        join(rank=rank, count=self._config.learner.ranks, address=address, threads=thread_count(self._config))
+        join_store(rank=rank, count=self._config.learner.ranks, address=address, threads=thread_count(self._config))
 
     def step(self, request: StepRequest) -> StepReport | None:
         return self._learner.step(request)

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
 def examine(port: int) -> list[Finding]:
     checks: list[Callable[[], Finding]] = [check_python, check_cores, check_memory]
-    return [*(check() for check in checks), *(check_package(name) for name in PINS), check_port(port), check_cache()]
+    return [*(check() for check in checks), *(check_package(name) for name in PINS), check_port(port), check_cache(), check_ray_token()]
 
 
 def check_python() -> Finding:
@@ -113,6 +113,19 @@ def check_cache() -> Finding:
     return Finding(check="cache folder", found=str(folder), remedy=f"{problem}: make it writable, or set FTB_LLM_CACHE" if problem else "")
 
 
+def check_ray_token() -> Finding:
+    """Whoever can read the token of a Ray cluster may run commands as its owner."""
+    path = Path.home() / ".ray" / "auth_token"
+    try:
+        mode = path.stat().st_mode & 0o777
+    except FileNotFoundError:
+        return Finding(check="Ray's token", found="no file")
+    except OSError as error:
+        return Finding(check="Ray's token", found=str(path), remedy=f"{error.strerror}: look at its rights")
+    remedy = f"others may read it, and run commands as you: chmod 600 {path}" if mode & 0o077 else ""
+    return Finding(check="Ray's token", found=f"{path}, {mode:o}", remedy=remedy)
+
+
 def why_not_writable(folder: Path) -> str | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -122,4 +135,6 @@ def why_not_writable(folder: Path) -> str | None:
         return error.strerror or str(error)
 
 
-COMMANDS = (Command(name="doctor", help="check this machine: python, cores, memory, pinned packages, port, cache folder", configure=configure, run=run),)
+COMMANDS = (
+    Command(name="doctor", help="check this machine: python, cores, memory, pinned packages, port, cache folder, Ray's token", configure=configure, run=run),
+)

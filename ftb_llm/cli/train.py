@@ -40,6 +40,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def train_here(config: Config, resume: Path | None, *, as_json: bool) -> int:
+    from ftb_llm.preflight import check_first
+
+    check_first(config, resume=resume)
     from ftb_llm import launch
     from ftb_llm.progress import make_progress
 

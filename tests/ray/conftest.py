@@ -3,6 +3,8 @@ from collections.abc import Iterator
 import pytest
 import ray
 
+from ftb_llm.local_ray import private_session
+
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
@@ -10,8 +12,9 @@ def local_ray() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="warning", log_to_driver=False)
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with private_session() as folder:  # as a run does it: Ray keeps the first token that a process reads, so every Ray of one process needs the same
+        ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="warning", log_to_driver=False, _temp_dir=str(folder))
+        try:
+            yield
+        finally:
+            ray.shutdown()

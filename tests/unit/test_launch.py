@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from ftb_llm import launch
 from ftb_llm.config import Config, build_config
 from ftb_llm.config.load import merge
-from ftb_llm.errors import CheckpointError, FtbError, SetupError
+from ftb_llm.errors import CheckpointError, FtbError, RemoteError, SetupError
 from ftb_llm.run_dir import RunDir
 from learner.checkpoint import ADAPTER, FORMAT, MANIFEST, OPTIMIZER, STATE, TORCH_RNG
 from learner.folders import write_folder
@@ -54,6 +55,14 @@ def make(tmp_path: Path, model: Path) -> Callable[..., Config]:
         "control": {"enabled": False},
     }
     return lambda **changes: build_config(merge(tree, changes))
+
+
+class UnloadableLearner(FakeLearner):
+    async def start(self) -> dict[str, Any]:
+        raise RemoteError("learner did not start: no such layer")
+
+    async def stop(self) -> None:
+        """The remote one is killed here."""
 
 
 class MortalLearner(FakeLearner):
@@ -169,6 +178,32 @@ def test_a_failed_start_does_not_block_the_name(make: Callable[..., Config], tmp
             train(make())
     assert list((tmp_path / "runs").iterdir()) == []
     assert train(make()) == 0
+
+
+def test_actors_that_dont_start_leave_a_fresh_run_no_folder_and_a_resumed_one_the_reason(
+    make: Callable[..., Config], tmp_path: Path, fake_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "runs" / "demo"
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "start_learner", lambda config, inputs, run_dir, place: UnloadableLearner())
+        with pytest.raises(RemoteError, match="no such layer"):
+            train(make())
+    assert not folder.exists()
+    assert train(make()) == 0
+    monkeypatch.setattr(launch, "start_learner", lambda config, inputs, run_dir, place: UnloadableLearner())
+    with pytest.raises(RemoteError, match="no such layer"):
+        train(make(), resume=folder)
+    assert [*RunDir.open(folder).events()][-1]["message"].endswith("learner did not start: no such layer")
+    assert json.loads((folder / "summary.json").read_text())["failure"] == "learner did not start: no such layer"
+
+
+def test_a_run_folder_is_its_users_alone_and_the_token_stays_with_this_process(
+    make: Callable[..., Config], tmp_path: Path, fake_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKEN_OF_THIS_TEST", "s3cret")
+    assert train(make(control={"token_env": "TOKEN_OF_THIS_TEST"})) == 0
+    assert "TOKEN_OF_THIS_TEST" not in os.environ
+    assert (tmp_path / "runs" / "demo").stat().st_mode & 0o777 == 0o700
 
 
 def test_a_name_that_is_taken_is_found_before_anything_starts(make: Callable[..., Config], tmp_path: Path, no_ray: None) -> None:
