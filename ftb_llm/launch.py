@@ -83,7 +83,8 @@ def gone_unless_started(run_dir: RunDir) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if not any(event["kind"] == "started" for event in run_dir.events()):
+        started = any(event["kind"] == "started" for event in run_dir.events())
+        if not started and run_dir.newest_checkpoint() is None:  # events may be missing where a disk was full
             shutil.rmtree(run_dir.path)
         raise
 
