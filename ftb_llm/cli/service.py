@@ -10,7 +10,7 @@ from typing import Any
 from ftb_llm.api.client import Client
 from ftb_llm.cli.command import Command, UsageError, add_json, print_json, print_table
 from ftb_llm.cli.train import read_summary
-from ftb_llm.config.load import merge, parse_override
+from ftb_llm.config.load import merge_overrides
 from ftb_llm.errors import ApiError, FtbError
 from ftb_llm.progress import ENDED, make_progress, status_rows
 
@@ -96,9 +96,7 @@ def exit_code(state: str) -> int:
 
 
 def run_set(args: argparse.Namespace) -> int:
-    patch: dict[str, Any] = {}
-    for word in args.words:
-        patch = merge(patch, parse_override(word))
+    patch = merge_overrides({}, args.words)
     try:
         with connect(args) as client:
             answer = client.patch(patch)
