@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ftb_llm.api.models import Problem
-from ftb_llm.errors import FixedSetting, InvalidConfig, StaleConfig, WrongState
+from ftb_llm.errors import FixedSetting, InvalidConfig, NotRecorded, StaleConfig, WrongState
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,8 @@ KINDS: dict[str, tuple[int, str]] = {
     "precondition-required": (428, "If-Match is required"),
     "internal-error": (500, "Internal error"),
     "not-ready": (503, "The run makes no progress"),
+    "not-recorded": (503, "The change could not be written down and did not happen"),
+    "disk-full": (507, "The run's disk is full, so the change did not happen"),
 }
 
 
@@ -95,6 +97,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(FixedSetting, _fixed_setting)
     app.add_exception_handler(InvalidConfig, _invalid_config)
     app.add_exception_handler(WrongState, _wrong_state)
+    app.add_exception_handler(NotRecorded, _not_recorded)
     app.add_middleware(LastResort)
 
 
@@ -136,6 +139,11 @@ def _invalid_config(request: Request, error: Exception) -> Response:
 
 def _wrong_state(request: Request, error: Exception) -> Response:
     return Refused("wrong-state", str(error)).response(request.scope)
+
+
+def _not_recorded(request: Request, error: Exception) -> Response:
+    assert isinstance(error, NotRecorded)
+    return Refused("disk-full" if error.full else "not-recorded", str(error)).response(request.scope)
 
 
 def _response(scope: Scope, status: int, kind: str, title: str, detail: str, headers: Mapping[str, str] | None, extra: dict[str, Any]) -> Response:
