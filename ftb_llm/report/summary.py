@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ftb_llm.progress import duration
+from ftb_llm.panel import duration
 
 Summary = Mapping[str, Any]
 
