@@ -4,7 +4,8 @@ import pytest
 
 from ftb_llm.config import Config, build_config
 from ftb_llm.config.ledger import ConfigVersion, PastVersions
-from ftb_llm.journal import Journal
+from ftb_llm.errors import SetupError
+from ftb_llm.journal import Journal, check_books
 from ftb_llm.types import GroupState
 from tests.fakes import make_group, make_scored
 
@@ -61,3 +62,60 @@ def test_config_versions_come_back_as_they_were(tmp_path):
 
 def test_a_run_without_versions_has_no_past(tmp_path):
     assert Journal(tmp_path / "run.db").past_configs() is None
+
+
+def whole_books(path):
+    """Of several pages, closed."""
+    journal = Journal(path)
+    for number in range(300):
+        journal.add(make_scored(number))
+    journal.close()
+    check_books(path)
+    return path
+
+
+def test_books_that_are_missing_or_empty_are_refused_and_not_made(tmp_path):
+    with pytest.raises(SetupError, match=r"^--resume: .*run\.db is missing; .* Put a copy of it back, or begin a new run"):
+        check_books(tmp_path / "run.db")
+    assert not (tmp_path / "run.db").exists()
+    (tmp_path / "run.db").touch()
+    with pytest.raises(SetupError, match=r"run\.db is empty; "):
+        check_books(tmp_path / "run.db")
+    assert (tmp_path / "run.db").stat().st_size == 0
+
+
+@pytest.mark.parametrize("size", [100, 4096, 20_000, -4096])
+def test_books_that_are_cut_off_are_refused(tmp_path, size):
+    path = whole_books(tmp_path / "run.db")
+    data = path.read_bytes()
+    path.write_bytes(data[:size])
+    with pytest.raises(SetupError, match=r"run\.db is damaged \(.*\); ") as caught:
+        check_books(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_books_of_something_else_are_refused(tmp_path):
+    (tmp_path / "run.db").write_text("no database " * 1000)
+    with pytest.raises(SetupError, match=r"is damaged \(file is not a database\)"):
+        check_books(tmp_path / "run.db")
+    sqlite3.connect(tmp_path / "other.db").execute("CREATE TABLE t (a)").connection.commit()
+    with pytest.raises(SetupError, match=r"is damaged \(no such table: groups\)"):
+        check_books(tmp_path / "other.db")
+
+
+def test_a_transaction_that_failed_leaves_room_for_the_next(tmp_path):
+    journal = Journal(tmp_path / "run.db")
+    journal.add(make_scored(0))
+    (pages,) = journal._db.execute("PRAGMA page_count").fetchone()
+    journal._db.execute(f"PRAGMA max_page_count = {pages}")
+    version = ConfigVersion(version=1, config=Config(), effective_step=1, source="start" * 10_000, time=1.5)
+
+    def add():
+        with journal.adding_config(version):
+            pass
+
+    with pytest.raises(sqlite3.OperationalError, match="database or disk is full"):
+        add()
+    journal._db.execute("PRAGMA max_page_count = 100000")
+    add()
+    assert journal.past_configs().changes == [version.change]

@@ -1,5 +1,6 @@
 """The composition root over fakes: what is wrong is said before anything starts, and a failed start leaves nothing behind."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,8 +12,10 @@ import pytest
 from ftb_llm import launch
 from ftb_llm.config import Config, build_config
 from ftb_llm.config.load import merge
-from ftb_llm.errors import FtbError, SetupError
+from ftb_llm.errors import CheckpointError, FtbError, SetupError
 from ftb_llm.run_dir import RunDir
+from learner.checkpoint import ADAPTER, FORMAT, MANIFEST, OPTIMIZER, STATE, TORCH_RNG
+from learner.folders import write_folder
 from tests import tiny_llama
 from tests.fakes import FakeGenerator, FakeLearner, FakeProgress
 
@@ -200,3 +203,64 @@ def test_what_a_run_is_made_of_stays(make: Callable[..., Config], tmp_path: Path
 def test_what_a_run_is_not_made_of_may_change(make: Callable[..., Config], tmp_path: Path, fake_ray: None) -> None:
     assert train(make()) == 0
     assert train(make(objective={"log_z_rate": 0.5, "custom": "rewards_of_this_test:member"}), resume=tmp_path / "runs" / "demo") == 0
+
+
+def started_once(make: Callable[..., Config], tmp_path: Path) -> Path:
+    assert train(make()) == 0
+    return tmp_path / "runs" / "demo"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda books: books.unlink(), r"--resume: .*run\.db is missing; .* Put a copy of it back, or begin a new run"),
+        (lambda books: books.write_bytes(b""), r"--resume: .*run\.db is empty; "),
+        (lambda books: books.write_bytes(books.read_bytes()[:6000]), r"--resume: .*run\.db is damaged \(.*\); "),
+    ],
+)
+def test_books_that_are_gone_or_damaged_are_refused_before_anything_starts(
+    make: Callable[..., Config],
+    tmp_path: Path,
+    fake_ray: None,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[Path], object],
+    message: str,
+) -> None:
+    folder = started_once(make, tmp_path)
+    damage(folder / "run.db")
+    before = sorted(path.name for path in folder.iterdir())
+    monkeypatch.setattr(launch, "running_ray", lambda: pytest.fail("Ray was started"))
+    with pytest.raises(SetupError, match=message) as caught:
+        train(make(), resume=folder)
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("damage", ["manifest", "adapter", "empty"])
+def test_a_damaged_checkpoint_is_found_before_anything_starts(
+    make: Callable[..., Config], tmp_path: Path, fake_ray: None, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    folder = started_once(make, tmp_path)
+    checkpoint = folder / "checkpoints" / "step_000003"
+    files = dict.fromkeys((ADAPTER, OPTIMIZER, TORCH_RNG, STATE), b"some bytes")
+    sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    write_folder(checkpoint, files | {MANIFEST: json.dumps({"format": FORMAT, "sha256": sums}).encode()})
+    (checkpoint.parent / "step_000080.bak").mkdir()
+    launch.check_resumable(RunDir(folder))
+    if damage == "adapter":
+        (checkpoint / ADAPTER).write_bytes(b"some byte")
+    else:
+        for name in (MANIFEST, *(files if damage == "empty" else ())):
+            (checkpoint / name).unlink()
+    monkeypatch.setattr(launch, "running_ray", lambda: pytest.fail("Ray was started"))
+    with pytest.raises(CheckpointError, match=r"checkpoint file .*; move .*step_000003 away to go on from the one before it$") as caught:
+        train(make(), resume=folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_that_never_kept_books_begins_them(make: Callable[..., Config], tmp_path: Path, fake_ray: None) -> None:
+    """A process killed between its folder's first file and its first step."""
+    config = make()
+    folder = RunDir.create(tmp_path / "runs" / "demo").path
+    RunDir(folder).write_json("config.json", config.model_dump(mode="json"))
+    assert train(config, resume=folder) == 0

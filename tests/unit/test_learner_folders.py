@@ -33,3 +33,11 @@ def test_prune_keeps_the_last_and_drops_the_future(tmp_path: Path) -> None:
     (tmp_path / "verdict").mkdir()
     prune(tmp_path, "v", newest=999999, keep=3)
     assert sorted(os.listdir(tmp_path)) == ["v000003", "v000010", "v999999", "verdict"]
+
+
+def test_prune_leaves_copies_alone(tmp_path: Path) -> None:
+    for number in (1, 2):
+        write_folder(tmp_path / f"v{number:06d}", {"a": b""})
+    (tmp_path / "v000001.bak").mkdir()
+    prune(tmp_path, "v", newest=2, keep=1)
+    assert sorted(os.listdir(tmp_path)) == ["v000001.bak", "v000002"]

@@ -400,9 +400,7 @@ def test_an_old_version_is_put_together_again_from_what_changed() -> None:
 def test_thousands_of_versions_need_little_memory_and_time() -> None:
     """A script that tunes something at every step; each whole config takes more than 10 kB."""
     step = 0
-    ledger = ConfigLedger(
-        build_config({"run": {"max_steps": 2000}}), next_step=lambda: step + 1, on_change=lambda version: None
-    )
+    ledger = ConfigLedger(build_config({"run": {"max_steps": 2000}}), next_step=lambda: step + 1, on_change=lambda version: None)
 
     def patch_each_step(last: int) -> None:
         nonlocal step

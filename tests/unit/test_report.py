@@ -258,6 +258,17 @@ def test_a_live_run_whose_last_line_is_torn(tmp_path: Path) -> None:
     assert "not finished" in "\n".join(read(write_report(run)).text)
 
 
+def test_lines_that_are_no_rows_are_skipped_and_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=5)
+    for name in ("metrics.jsonl", "events.jsonl"):
+        lines = (run / name).read_text().splitlines(keepends=True)
+        (run / name).write_text("".join([*lines[:2], "{oops\n", "[]\n", *lines[2:]]))
+    text = "\n".join(read(write_report(run)).text)
+    for name in ("metrics.jsonl", "events.jsonl"):
+        assert f"{name}: 2 lines can't be read and are skipped: 3, 4" in text
+    assert [row["step"] for row in read_run(run).rows] == list(range(6))
+
+
 def test_a_broken_file_is_named(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", steps=5)
     (run / "summary.json").write_text("{oops")

@@ -89,3 +89,38 @@ def test_the_newest_checkpoint_is_the_one_with_the_highest_step(tmp_path):
     for step in (100, 900, 200):
         (tmp_path / "a/checkpoints" / f"step_{step:06d}").mkdir(parents=True)
     assert run_dir.newest_checkpoint().name == "step_000900"
+
+
+def test_folders_that_only_begin_like_a_checkpoint_are_none(tmp_path):
+    run_dir = RunDir.create(tmp_path / "a")
+    for name in ("step_000080", "step_000080.bak", "step_000900~", "step_99", "step_", ".tmp-step_001000-x"):
+        (tmp_path / "a/checkpoints" / name).mkdir(parents=True)
+    assert run_dir.newest_checkpoint().name == "step_000080"
+    (tmp_path / "a/checkpoints/step_1000000").mkdir()
+    assert run_dir.newest_checkpoint().name == "step_1000000"
+
+
+def test_damage_is_told_in_words(tmp_path):
+    run_dir = RunDir.create(tmp_path / "a")
+    assert run_dir.damage() == []
+    (tmp_path / "a/metrics.jsonl").write_text('{"step": 0}\n' + "x\n" * 7 + '{"torn')
+    (tmp_path / "a/events.jsonl").write_text('{"kind": "push"}\n{"step": 1}\n')
+    assert run_dir.damage() == [
+        "metrics.jsonl: 7 lines can't be read and are skipped: 2, 3, 4, 5, 6, ...",
+        "events.jsonl: line 2 can't be read and is skipped",
+    ]
+    assert [row["step"] for row in run_dir.metrics()] == [0]
+
+
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
+    run_dir = RunDir.create(tmp_path / "a")
+    run_dir.write_json("config.json", 1)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ftb_llm.run_dir.os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_dir.write_json("config.json", 2)
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["config.json"]
+    assert run_dir.read_json("config.json") == 1

@@ -1,3 +1,6 @@
+import json
+import tracemalloc
+
 from ftb_llm.config import Config, build_config
 from ftb_llm.run_dir import RunDir
 from ftb_llm.summary import configured, objective_changes, summarise, switch_steps
@@ -110,3 +113,46 @@ def test_only_a_change_of_the_divergence_itself_is_a_switch() -> None:
         {"effective_step": 106, "changed": {"learner.learning_rate": [1, 2]}},
     ]
     assert switch_steps({"divergence": {"schedule": [{"step": 7, "name": "tv"}]}}, versions) == {7, 105}
+
+
+def test_a_push_failure_that_stands_for_many_counts_as_many(tmp_path):
+    events = [{"kind": "push_failed"}, {"kind": "push_failed", "times": 40}, {"kind": "push_failed", "times": 3}]
+    assert summary_of(tmp_path, [make_row(1)], events)["pushes_failed"] == 44
+
+
+def test_the_whole_time_is_that_of_all_processes(tmp_path):
+    """100 s of a run that was killed, 30 s of one that was stopped, and the present one, which took 50 s."""
+    run_dir = RunDir.create(tmp_path / "run")
+    times = [
+        ("starting", 1000.0),
+        ("started", 1040.0),
+        ("checkpoint", 1100.0),
+        ("starting", 5000.0),
+        ("finished", 5030.0),
+        ("config_change", 9000.0),
+        ("starting", 9001.0),
+        ("finished", 9050.0),
+    ]
+    lines = []
+    for kind, time in times:
+        row = {"kind": kind, "time": time, "step": 0, "message": ""}
+        lines.append(json.dumps(row | ({"source": "resume", "changed": {}, "effective_step": 1} if kind == "config_change" else {})))
+    (tmp_path / "run" / "events.jsonl").write_text("\n".join(lines) + "\n")
+    facts = {"total_seconds": 50.0}
+    summary = summarise(run_dir, Config(), state="finished", accounting={}, facts=facts)
+    assert summary["total_seconds"] == 180.0
+    assert summarise(run_dir, Config(), state="finished", accounting={}, facts={})["total_seconds"] is None
+
+
+def test_a_long_run_is_summed_up_in_little_memory(tmp_path):
+    run_dir = RunDir.create(tmp_path / "run")
+    row = trained(1, "tv") | {f"divergence/estimate/m{number}": number / 7 for number in range(100)}
+    with (tmp_path / "run" / "metrics.jsonl").open("w") as file:
+        for step in range(1, 5001):
+            file.write(json.dumps(row | {"step": step}) + "\n")
+    tracemalloc.start()
+    summary = summarise(run_dir, Config(), state="finished", accounting={}, facts={})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert summary["steps"] == 5000 and summary["train_seconds"] == 2500.0
+    assert peak < 1_000_000 < (tmp_path / "run" / "metrics.jsonl").stat().st_size / 10
