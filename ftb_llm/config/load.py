@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from ftb_llm.config.schema import ALTERNATIVES, Config
-from ftb_llm.config.words import shown, typed_value
+from ftb_llm.config.words import shown, typed_tree, typed_value
 from ftb_llm.config.yaml_text import parse_yaml, read_text
 from ftb_llm.errors import ConfigError, InvalidConfig
 
@@ -53,7 +53,7 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
         return {}
     if not isinstance(tree, dict):
         raise InvalidConfig([ConfigError("", f"{source} holds a {type(tree).__name__}; it must hold sections such as run: and model:")])
-    return _spelled_out(tree)
+    return typed_tree(_spelled_out(tree), {key: field.annotation for key, field in settings()})
 
 
 def parse_override(word: str) -> dict[str, Any]:

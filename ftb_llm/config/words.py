@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -36,6 +37,30 @@ def typed_value(key: str, text: str, annotation: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise InvalidConfig([ConfigError(key, f"{shown(text)} is wrong: it should be a finite number")])
     return value
+
+
+def typed_tree(tree: Mapping[str, Any], annotations: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A whole tree with its numbers as numbers: YAML 1.1 reads `1e-4` as text.
+
+    Args:
+        annotations: the type of each setting by its dotted key.
+    """
+    typed = {}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if key in annotations:
+            typed[name] = _typed_leaf(value, annotations[key])
+        else:
+            typed[name] = typed_tree(value, annotations, f"{key}.") if isinstance(value, dict) else value
+    return typed
+
+
+def _typed_leaf(value: Any, annotation: Any) -> Any:
+    kinds = set(_kinds(annotation))
+    if str in kinds:
+        return value
+    value = _numbers(value)
+    return int(value) if float not in kinds and isinstance(value, float) and value.is_integer() else value
 
 
 def _kinds(annotation: Any) -> list[Any]:

@@ -62,6 +62,16 @@ def test_the_short_form_goes_with_what_else_is_said_of_the_divergence() -> None:
     assert config.objective.divergence.text == "tv of width 0.1"
 
 
+def test_a_file_may_write_numbers_as_people_do(tmp_path) -> None:
+    path = tmp_path / "numbers.yaml"
+    ramp = "{name: alpha, alpha: {from: 1e-1, to: 1.2, over: 300}, schedule: [{step: 500, name: tv, width: 1e-2}]}"
+    path.write_text(f"run: {{name: 1e5, max_steps: 1e6}}\nlearner: {{learning_rate: 1e-4}}\nobjective: {{divergence: {ramp}}}\n")
+    config = load_config([path])
+    assert (config.run.name, config.run.max_steps, config.learner.learning_rate) == ("1e5", 1_000_000, 1e-4)
+    assert config.objective.divergence.text == "alpha 0.1 to 1.2 over 300 steps"
+    assert config.objective.divergence.schedule[0].width == 0.01
+
+
 def test_the_short_form_in_a_file(tmp_path) -> None:
     path = tmp_path / "short.yaml"
     path.write_text("objective: {divergence: hellinger}\n")
