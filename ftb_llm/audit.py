@@ -29,13 +29,15 @@ async def logprob_differences(ports: Sequence[GeneratorPort], learner: LearnerPo
     for port in ports:
         groups.extend(await asyncio.gather(*(port.generate(request) for request in requests)))
     learner_values = await learner.logprobs(groups)
-    differences = [
-        abs(completion.logprob - value)
+    found = [
+        (abs(completion.logprob - value), len(completion.token_ids))
         for group, values in zip(groups, learner_values, strict=True)
         for completion, value in zip(group.completions, values, strict=True)
     ]
+    differences = [difference for difference, _ in found]
     return {
         "logprob_max_abs_diff": max(differences),
+        "logprob_max_abs_diff_per_token": max(difference / max(1, tokens) for difference, tokens in found),
         "logprob_mean_abs_diff": statistics.fmean(differences),
         "logprob_compared": len(differences),
     }

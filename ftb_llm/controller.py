@@ -144,6 +144,7 @@ class Controller:
             self.state.phase = Phase.FAILED
             self.state.fail(failure(error))
             self.emit("finished", f"the run failed at step {self.state.step}: {self.state.last_error}")
+            self._progress.update(self.status())
             raise error from None
         finally:
             for generator in self.state.generators:
@@ -152,6 +153,7 @@ class Controller:
 
     async def _start(self) -> None:
         self.emit("starting", "engines load and warm up")
+        self._progress.update(self.status())
         learner, *_ = await asyncio.gather(self._learner.start(), *(port.start() for port in self._ports.values()))
         self.facts["trial_seconds"] = learner.get("trial_seconds")
         if not learner.get("packed", True):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
+from ftb_llm.panel import EVENTS_SHOWN, duration, elapsed_text, panel_lines
 from ftb_llm.types import ObjectiveSpec
 
 if TYPE_CHECKING:
@@ -84,9 +85,11 @@ class PlainProgress(Progress):
 
 
 class LiveProgress(Progress):
-    """A panel that is redrawn in place; whatever else is printed meanwhile scrolls by above it."""
+    """A panel that is redrawn in place; whatever else is printed meanwhile scrolls by above it.
 
-    EVENTS_SHOWN = 6
+    It begins with the first status. Until then lines are printed as they come: what other programs write to the terminal
+    while everything starts would break a panel.
+    """
 
     def __init__(self, stream: TextIO, max_steps: int) -> None:
         from rich.console import Console
@@ -94,25 +97,29 @@ class LiveProgress(Progress):
 
         super().__init__()
         self._max_steps = max_steps
-        self._events: deque[str] = deque(maxlen=self.EVENTS_SHOWN)
-        self._marks: deque[tuple[float, int]] = deque(maxlen=50)  # (time, step), for the time that remains
-        self._live = Live(console=Console(file=stream), get_renderable=self._panel, refresh_per_second=4)
-
-    def __enter__(self) -> Self:
-        self._live.start()
-        return self
+        self._events: deque[str] = deque(maxlen=EVENTS_SHOWN)
+        self._seen = time.time()
+        self._marks: deque[tuple[float, int]] = deque(maxlen=50)  # (time, step) while training, for the time that remains
+        self._console = Console(file=stream)
+        self._live = Live(console=self._console, get_renderable=self._panel, refresh_per_second=4)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._live.stop()
 
     def update(self, status: Status) -> None:
         super().update(status)
+        self._seen = time.time()
         self._max_steps = status["max_steps"]
-        if not self._marks or status["step"] != self._marks[-1][1]:
+        if status["state"] == "training" and (not self._marks or status["step"] != self._marks[-1][1]):
             self._marks.append((time.monotonic(), status["step"]))
+        if not self._live.is_started:
+            self._live.start()
 
     def line(self, text: str) -> None:
-        self._events.append(text)
+        if self._live.is_started:
+            self._events.append(text)
+        else:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _panel(self) -> "RenderableType":
         from rich.console import Group
@@ -121,24 +128,30 @@ class LiveProgress(Progress):
         from rich.table import Table
         from rich.text import Text
 
+        if not self.status:
+            return ""  # asked for once before the panel is shown
+        width, height = self._console.size
         step = self.status.get("step", 0)
-        head = Table.grid(padding=(0, 2))
-        head.add_row(Text(f"step {step}/{self._max_steps}", style="bold"), ProgressBar(total=self._max_steps, completed=step, width=40), self._remaining())
-        parts: list[RenderableType] = [head]
-        if self.status:
-            facts = Table.grid(padding=(0, 2))
-            facts.add_column(style="dim")
-            for label, value in status_rows(self.status):
-                if label not in ("run", "state", "step"):
-                    facts.add_row(label, Text(value, style="red" if label == "last error" else ""))
-            parts += [Text(), facts]
-        if self._events:
-            parts += [Text(), *(Text(event, style="dim", no_wrap=True, overflow="ellipsis") for event in self._events)]
-        title = f"{self.status['run']} · {self.status['state']}" if self.status else "starting"
-        return Panel(Group(*parts), title=Text(title), title_align="left")
+        head = Table.grid(padding=(0, 2), expand=True)
+        for ratio in (None, 1, None):
+            head.add_column(no_wrap=True, ratio=ratio)
+        bar = ProgressBar(total=self._max_steps, completed=step)
+        head.add_row(Text(f"step {step}/{self._max_steps}", style="bold"), bar, self._times())
+        lines = panel_lines(status_rows(self.status), self._events, width=width - 4, height=height - 5)
+        styles = {True: "dim", False: ""}
+        body = [
+            Text.assemble((line.label, "dim"), "  " if line.label else "", (line.text, "red" if line.is_error else styles[line.is_event])) for line in lines
+        ]
+        title = Text(f"{self.status['run']} · {self.status['state']}")
+        return Panel(Group(head, Text(), *body), title=title, title_align="left")
+
+    def _times(self) -> str:
+        """Time goes on between two looks at a run that is alive, and stands still when it has ended."""
+        elapsed = elapsed_text(self.status, self._seen if self.status["state"] in ENDED else time.time())
+        return ", ".join(text for text in (f"{elapsed} elapsed" if elapsed else "", self._remaining()) if text)
 
     def _remaining(self) -> str:
-        if len(self._marks) < 2:
+        if len(self._marks) < 2 or self.status["state"] != "training":
             return ""
         (then, first), (now, last) = self._marks[0], self._marks[-1]
         seconds = (self._max_steps - last) * (now - then) / (last - first) if last > first else 0.0
@@ -169,7 +182,9 @@ def status_rows(status: Status) -> list[tuple[str, str]]:
         ("run", status["run"]),
         ("state", status["state"]),
         ("step", f"{status['step']}/{status['max_steps']}"),
+        ("time", elapsed_text(status, time.time())),
         ("objective", objective_text(status["objective"])),
+        ("training", _training_text(status.get("optim", {}))),
         ("reward", _reward_text(status)),
         ("exact TV", _number(status["eval"].get("exact_tv"), ".4f")),
         ("modes", _modes_text(status["eval"])),
@@ -199,13 +214,6 @@ def compact(value: float | None) -> str:
     return f"{value / 1e3:.1f}k" if value >= 1000 else f"{value:.0f}"
 
 
-def duration(seconds: float) -> str:
-    """75 becomes 1:15, 3700 becomes 1:01:40."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
-
-
 def _number(value: float | None, style: str) -> str:
     return "" if value is None else format(value, style)
 
@@ -218,6 +226,12 @@ def _target(status: Status) -> str:
 def _reward_text(status: Status) -> str:
     mean = status["reward"].get("mean")
     return "" if mean is None else f"{mean:.4g}{_target(status)}"
+
+
+def _training_text(optim: Mapping[str, Any]) -> str:
+    """`loss 0.0123, gradient norm 0.45, learning rate 0.003`"""
+    named = (("loss", "loss", ".4g"), ("gradient norm", "grad_norm", ".3g"), ("learning rate", "learning_rate", ".3g"))
+    return ", ".join(f"{label} {optim[name]:{style}}" for label, name, style in named if optim.get(name) is not None)
 
 
 def _modes_text(exact: Mapping[str, Any]) -> str:

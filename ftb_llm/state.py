@@ -110,6 +110,7 @@ class RunState:
     last_error_step: int | None = None
     last_error_time: float | None = None
     last_progress: float = field(default_factory=time.monotonic)
+    started_time: float = field(default_factory=time.time)  # of this process's part of the run
 
     def finish_step(self, step: int, row: dict[str, Any]) -> None:
         self.step = step

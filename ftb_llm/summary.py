@@ -5,10 +5,13 @@ from typing import Any
 
 from ftb_llm.config import Config
 from ftb_llm.config.schema import Member, Objective
+from ftb_llm.goals import is_as_shipped
 from ftb_llm.machine import core_count
 from ftb_llm.run_dir import RunDir
 from ftb_llm.tally import EventTally, ObjectiveChanges, StepTally, divergence_steps
 from ftb_llm.types import objective_text
+
+CHANGES_TOLD = 4  # of the objective, in one line
 
 
 def summarise(run_dir: RunDir, config: Config, *, state: str, accounting: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
@@ -27,6 +30,8 @@ def summarise(run_dir: RunDir, config: Config, *, state: str, accounting: dict[s
         "run": run_dir.path.name,
         "state": state,
         "task": config.data.path.removeprefix("builtin:"),
+        "as_shipped": is_as_shipped(config),
+        "dtype": config.model.dtype,
         "divergence": _in_words(steps.objective.found, config.objective),
         "cores": core_count(),
         "steps": steps.steps,
@@ -54,6 +59,7 @@ def summarise(run_dir: RunDir, config: Config, *, state: str, accounting: dict[s
         "speed_after_last_push": None,
         "logprob_max_abs_diff": None,
         "logprob_mean_abs_diff": None,
+        "logprob_max_abs_diff_per_token": None,
         "logprob_compared": None,
         "trial_seconds": None,
         "peak_rss_gib": None,
@@ -67,8 +73,7 @@ def summarise(run_dir: RunDir, config: Config, *, state: str, accounting: dict[s
 def configured(objective: Objective) -> str:
     """What these settings train with: ramps and the whole schedule in words."""
     divergence = objective.divergence
-    later = (f", then {_member(entry, objective)} from step {entry.step}" for entry in divergence.schedule)
-    members = "".join((_member(divergence, objective), *later))
+    members = _in_turn(_member(divergence, objective), [(entry.step, _member(entry, objective)) for entry in divergence.schedule])
     return objective_text(objective.kind, members, tempered=objective.tempered, log_z=objective.log_z)
 
 
@@ -100,7 +105,15 @@ def _in_words(changes: Sequence[tuple[int, str]], objective: Objective) -> str:
     if not changes:
         return configured(objective)
     (_, first), *others = changes
-    return "".join((first, *(f", then {text} from step {step}" for step, text in others)))
+    return _in_turn(first, others)
+
+
+def _in_turn(first: str, others: Sequence[tuple[int, str]]) -> str:
+    """`tv, then js from step 3`; of many, the first few and the last, and how many are between."""
+    told = [f", then {text} from step {step}" for step, text in others]
+    if len(told) > CHANGES_TOLD:
+        told[CHANGES_TOLD - 1 : -1] = [f", then {len(told) - CHANGES_TOLD} changes more"]
+    return "".join((first, *told))
 
 
 def _scheduled_steps(objective: Mapping[str, Any]) -> set[int]:

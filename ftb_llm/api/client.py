@@ -1,5 +1,6 @@
 """A small client of the control plane, for the CLI and for scripts."""
 
+import socket
 from types import TracebackType
 from typing import Any, Self
 
@@ -7,6 +8,7 @@ import httpx
 
 from ftb_llm import __version__
 from ftb_llm.api.loopback import is_loopback
+from ftb_llm.api.token import cleaned
 from ftb_llm.errors import ApiError, ApiUnreachable
 
 TIMEOUT_SECONDS = 30.0
@@ -18,7 +20,7 @@ class Client:
     def __init__(self, url: str, token: str | None = None) -> None:
         self.url = url.rstrip("/")
         headers = {"User-Agent": f"ftb-llm/{__version__}"}
-        if token is not None:
+        if token and (token := cleaned(token)):
             headers["Authorization"] = f"Bearer {token}"
         try:
             # A proxy set in the environment is never the way to this machine itself.
@@ -81,6 +83,16 @@ class Client:
             return error.detail
         return None
 
+    def _no_connection(self, error: httpx.ConnectError) -> str:
+        causes: list[BaseException] = [error]
+        while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+            causes.append(cause)
+        if any(isinstance(cause, socket.gaierror) for cause in causes):
+            return f"{self.url}: the host {self._http.base_url.host} is not known ({causes[-1]})"
+        if any(isinstance(cause, ConnectionRefusedError) for cause in causes):
+            return f"nothing listens at {self.url}; is the run alive, and is this its control.port?"
+        return f"{self.url} can't be reached: {causes[-1]}"
+
     def _patch(self, patch: dict[str, Any]) -> dict[str, Any]:
         etag = self._send("GET", "/v1/config").headers["ETag"]
         headers = {"If-Match": etag, "Content-Type": "application/merge-patch+json"}
@@ -93,8 +105,10 @@ class Client:
     def _send(self, method: str, path: str, **request: Any) -> httpx.Response:
         try:
             response = self._http.request(method, path, **request)
-        except httpx.ConnectError:
-            raise ApiUnreachable(f"nothing listens at {self.url}; is the run alive, and is this its control.port?") from None
+        except httpx.ConnectError as error:
+            raise ApiUnreachable(self._no_connection(error)) from None
+        except UnicodeError:  # from the socket, of a name that no resolver would be asked for
+            raise ApiUnreachable(f"{self.url}: {self._http.base_url.host} is no name of a host") from None
         except httpx.TimeoutException:
             raise ApiUnreachable(f"{self.url} did not answer within {TIMEOUT_SECONDS:.0f} s") from None
         except httpx.HTTPError as error:

@@ -142,6 +142,7 @@ class Status(Document):
     state: State
     step: int = Field(description="Steps finished.")
     max_steps: int
+    started_time: float | None = Field(default=None, description="Unix time at which the run began, or was last resumed.")
     policy_version: int = Field(description="Newest published adapter; 0 is the base model.")
     config_version: int
     objective: ObjectiveStatus
@@ -150,6 +151,7 @@ class Status(Document):
     staleness: StalenessStatus
     throughput: Throughput
     divergences: dict[str, DivergenceStatus] = Field(description="Every member of the family on the samples of the last step, whichever trains.")
+    optim: dict[str, float | None] = Field(default_factory=dict, description="Loss, gradient norm, learning rate and the like of the last step.")
     reward: dict[str, float | None]
     eval: dict[str, float | None] = Field(description="Latest exact numbers; empty for tasks without an oracle.")
     accounting: Accounting

@@ -3,20 +3,19 @@
 0 success    1 failed    2 bad usage, config or setup    130 Ctrl-C
 """
 
-import difflib
+import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ftb_llm import __version__
-from ftb_llm.cli import bench, doctor, export, report, service, train
 from ftb_llm.cli.command import Command, Parser, UsageError, print_error
+from ftb_llm.cli.table import COMMANDS, GROUPS, Entry
 from ftb_llm.errors import ConfigError, FixedSetting, FtbError, InvalidConfig, SetupError
 
-MODULES = (train, service, report, export, bench, doctor)
-COMMANDS: dict[str, Command] = {command.name: command for module in MODULES for command in module.COMMANDS}
-GROUPS = {name.split()[0] for name in COMMANDS if " " in name}
 USERS_MISTAKES = (UsageError, ConfigError, InvalidConfig, FixedSetting, SetupError)
+HELP = ("-h", "--help", "help")
+VERSION = ("-v", "-V", "--version", "version")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,43 +37,70 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as in `ftb-llm status | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception as error:
+        from ftb_llm.cli.trouble import file_trouble
+
+        if (line := file_trouble(error)) is None:
+            raise
+        print_error(line)
+        return 1
 
 
 def dispatch(words: list[str]) -> int:
-    if not words or words[0] in ("-h", "--help"):
-        print(overview())
-        return 0 if words else 2
-    if words[0] == "--version":
+    if not words or words[0] in HELP:
+        return show_help(words)
+    if words[0] in VERSION:
         print(f"ftb-llm {__version__}")
         return 0
-    if words[0] in GROUPS and (not words[1:] or words[1] in ("-h", "--help")):
+    if words[0] in GROUPS and (not words[1:] or words[1] in HELP):
         print(group_overview(words[0]))
         return 0 if words[1:] else 2
     count = 2 if " ".join(words[:2]) in COMMANDS else 1  # words in the command's name
     name, rest = " ".join(words[:count]), words[count:]
     if name not in COMMANDS:
-        raise unknown(name)
-    parser = Parser(COMMANDS[name])
+        raise unknown(words)
+    command = load(name)
+    parser = Parser(command)
     if "-h" in rest or "--help" in rest:
         parser.print_help()
         return 0
-    return COMMANDS[name].run(parser.parse_intermixed_args(rest))
+    return command.run(parser.parse_intermixed_args(rest))
 
 
-def unknown(name: str) -> UsageError:
-    if name in GROUPS:
-        return UsageError(f"{name} is the first word of {', '.join(command.name for command in in_group(name))}; see ftb-llm {name} --help")
-    near = difflib.get_close_matches(name, COMMANDS, n=1)
-    return UsageError(f"no command {name!r}{f'; did you mean {near[0]}?' if near else ''}; see ftb-llm --help")
+def show_help(words: list[str]) -> int:
+    """`ftb-llm help train` is `ftb-llm train --help`."""
+    if words[1:] and words[0] == "help":
+        return dispatch([*words[1:], "--help"])
+    print(overview())
+    return 0 if words else 2
 
 
-def in_group(group: str) -> list[Command]:
-    return [command for command in COMMANDS.values() if command.name.startswith(f"{group} ")]
+def load(name: str) -> Command:
+    """The command from its module, which is imported now and not before."""
+    commands: Sequence[Command] = importlib.import_module(COMMANDS[name].module).COMMANDS
+    return next(command for command in commands if command.name == name)
 
 
-def listing(commands: Sequence[Command]) -> list[str]:
-    width = max(len(command.name) for command in commands)
-    return [f"  {command.name.ljust(width)}  {command.help}" for command in commands]
+def unknown(words: Sequence[str]) -> UsageError:
+    import difflib
+
+    group = words[0] if words[0] in GROUPS else ""
+    if group and words[1].startswith("-"):
+        return UsageError(f"{group} is the first word of {', '.join(in_group(group))}; see ftb-llm {group} --help")
+    head = f"{group} " if group else ""
+    word = words[1] if group else words[0]
+    near = difflib.get_close_matches(word, [name.removeprefix(head) for name in (in_group(group) if group else COMMANDS)], n=1)
+    guess = f"; did you mean {head}{near[0]}?" if near else ""
+    return UsageError(f"no command '{head}{word}'{guess}; see ftb-llm {head}--help")
+
+
+def in_group(group: str) -> dict[str, Entry]:
+    return {name: entry for name, entry in COMMANDS.items() if name.startswith(f"{group} ")}
+
+
+def listing(commands: Mapping[str, Entry]) -> list[str]:
+    width = max(len(name) for name in commands)
+    return [f"  {name.ljust(width)}  {entry.help}" for name, entry in commands.items()]
 
 
 def group_overview(group: str) -> str:
@@ -91,7 +117,7 @@ def overview() -> str:
             "Asynchronous fine-tuning of language models with f-Trajectory Balance.",
             "",
             "commands:",
-            *listing(list(COMMANDS.values())),
+            *listing(COMMANDS),
             "",
             "ftb-llm COMMAND --help says more. Exit codes: 0 success, 1 failure, 2 bad usage, config or setup, 130 Ctrl-C.",
         ]

@@ -4,29 +4,57 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from ftb_llm.api.client import Client
+from ftb_llm.api.token import cleaned
 from ftb_llm.cli.command import Command, UsageError, add_json, print_json, print_table
 from ftb_llm.cli.train import read_summary
-from ftb_llm.config.load import merge, parse_override
+from ftb_llm.config.load import merge_overrides
 from ftb_llm.errors import ApiError, FtbError
 from ftb_llm.progress import ENDED, make_progress, status_rows
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+URL_VARIABLE = "FTB_LLM_URL"
+TOKEN_VARIABLE = "FTB_LLM_TOKEN"
 LONGEST_INTERVAL_SECONDS = 86_400.0
 
 
 def add_connection(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--url", default=os.environ.get("FTB_LLM_URL", DEFAULT_URL), help="control plane of the run (default: $FTB_LLM_URL, else http://127.0.0.1:8000)"
-    )
-    parser.epilog = "A run that wants a bearer token gets it from $FTB_LLM_TOKEN."
+    parser.add_argument("--url", help=f"control plane of the run (default: ${URL_VARIABLE}, else {DEFAULT_URL})")
+    parser.epilog = f"A run that wants a bearer token gets it from ${TOKEN_VARIABLE}."
 
 
-def connect(args: argparse.Namespace) -> Client:
-    return Client(args.url, token=os.environ.get("FTB_LLM_TOKEN"))
+@contextmanager
+def connect(args: argparse.Namespace) -> Iterator[Client]:
+    """A client of the run that the command line or the environment names, with the token of the environment."""
+    token = cleaned(os.environ.get(TOKEN_VARIABLE, ""), name=TOKEN_VARIABLE) or None
+    try:
+        with Client(chosen_url(args.url), token=token) as client:
+            yield client
+    except ApiError as error:
+        if error.status != 401:
+            raise
+        cause = "this run wants its bearer token: set" if token is None else "the token is not the one that this run wants: set"
+        source = "to what the variable that its control.token_env names holds"
+        raise ApiError(error.status, error.kind, f"{cause} {TOKEN_VARIABLE} {source}") from None
+
+
+def chosen_url(option: str | None) -> str:
+    """`--url`, else the environment's, else the default; raises `UsageError` where it could not be a run's address."""
+    source, url = ("--url", option) if option is not None else (URL_VARIABLE, os.environ.get(URL_VARIABLE, DEFAULT_URL))
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and url.isprintable()
+    except ValueError:
+        is_address = False
+    if not is_address:
+        raise UsageError(f"{source}: {url!r} is not the address of a run; it should be such as {DEFAULT_URL}")
+    return url
 
 
 def configure_plain(parser: argparse.ArgumentParser) -> None:
@@ -96,9 +124,7 @@ def exit_code(state: str) -> int:
 
 
 def run_set(args: argparse.Namespace) -> int:
-    patch: dict[str, Any] = {}
-    for word in args.words:
-        patch = merge(patch, parse_override(word))
+    patch = merge_overrides({}, args.words)
     try:
         with connect(args) as client:
             answer = client.patch(patch)

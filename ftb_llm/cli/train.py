@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from ftb_llm.cli.command import Command, UsageError, find_run, inside_submitted_job, print_json, print_table
-from ftb_llm.config.load import build_config, merge, parse_override, read_yaml
+from ftb_llm.config.load import build_config, merge, merge_overrides, read_yaml
 from ftb_llm.config.schema import Config
 from ftb_llm.errors import ConfigError, InvalidConfig, SetupError
 
@@ -86,9 +86,7 @@ def resolve(files: Sequence[str | Path], overrides: Sequence[str], resume: Path 
     tree = read_run_config(resume) if resume else {}
     for file in files:
         tree = merge(tree, read_yaml(file))
-    for word in overrides:
-        tree = merge(tree, parse_override(word))
-    return build_config(tree)
+    return build_config(merge_overrides(tree, overrides))
 
 
 def read_run_config(run_dir: Path) -> dict[str, Any]:

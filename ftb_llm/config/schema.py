@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
+from ftb_llm.api.loopback import is_loopback
+
 DIVERGENCES = ("reverse_kl", "forward_kl", "pearson", "neyman", "hellinger", "tv", "js", "alpha")
 OBJECTIVES = ("ftb", "ppo_clip", "grpo", "reinforce", "importance")
 TOKEN_LEVEL = ("ppo_clip", "grpo")  # objectives that compare token by token, and so need each token's behaviour log-prob
@@ -366,7 +368,7 @@ class Config(Section):
                 f"staleness.max_steps {limit} can never be met before the next push with actors.push_every_steps {every}; "
                 f"it must be at least {every - 1}, or null"
             )
-        if self.control.host not in ("127.0.0.1", "localhost", "::1") and self.control.token_env is None:
+        if not is_loopback(self.control.host) and self.control.token_env is None:
             problems.append(
                 f"control.host {self.control.host} is not loopback and needs a bearer token: set control.token_env to the environment variable that holds it"
             )

@@ -42,6 +42,25 @@ def test_the_token_comes_from_the_environment(
     assert main(["status", "--url", guarded]) == 0
 
 
+def test_a_missing_or_wrong_token_names_the_variable(
+    servers: dict[str, Any], run: FakeRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for token, cause in (("", "this run wants its bearer token: "), ("wr0ng", "the token is not the one that this run wants: ")):
+        monkeypatch.setenv("FTB_LLM_TOKEN", token)
+        assert main(["status", "--url", servers["guarded"][1]]) == 1
+        assert capsys.readouterr().err == f"ftb-llm: error: {cause}set FTB_LLM_TOKEN to what the variable that its control.token_env names holds\n"
+
+
+def test_a_line_break_after_the_token_is_no_part_of_it(servers: dict[str, Any], run: FakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FTB_LLM_TOKEN", "s3cret\n")
+    assert main(["status", "--url", servers["guarded"][1]]) == 0
+
+
+def test_set_takes_the_name_of_a_divergence_for_it(url: str, run: FakeRun) -> None:
+    assert main(["set", "objective.divergence=hellinger", "--url", url]) == 0
+    assert run.ledger.current.config.objective.divergence.text == "hellinger"
+
+
 def test_set_changes_live_settings_together(url: str, run: FakeRun, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["set", "objective.divergence.name=alpha", "objective.divergence.alpha=0.5", "--url", url]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -1,17 +1,26 @@
 """The command line: what it accepts, what it prints, and its exit codes. The commands that talk to a run are in tests/service."""
 
+import argparse
+import dataclasses
+import errno
+import importlib
 import json
 import socket
+import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
 from ftb_llm import cluster
-from ftb_llm.cli import doctor
-from ftb_llm.cli.main import COMMANDS, main
+from ftb_llm.cli import doctor, service
+from ftb_llm.cli.command import Command
+from ftb_llm.cli.main import main
+from ftb_llm.cli.table import COMMANDS
+from ftb_llm.cli.trouble import file_trouble
 from ftb_llm.config import load_config
 from tests.synthetic_run import write_run
 
@@ -33,6 +42,34 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(f"  {name} " in text for name in COMMANDS)
+
+
+def test_the_table_says_of_each_command_what_its_module_says() -> None:
+    modules = sorted(path.stem for path in (ROOT / "ftb_llm" / "cli").glob("*.py") if path.stem != "__init__")
+    found = {
+        command.name: (module.__name__, command.help)
+        for module in (importlib.import_module(f"ftb_llm.cli.{name}") for name in modules)
+        for command in getattr(module, "COMMANDS", ())
+        if module.__name__ != "ftb_llm.cli.table" and module.__name__ != "ftb_llm.cli.main"
+    }
+    assert found == {name: (entry.module, entry.help) for name, entry in COMMANDS.items()}
+
+
+@pytest.mark.parametrize(
+    ("words", "same"),
+    [(["help"], ["--help"]), (["help", "train"], ["train", "--help"]), (["help", "bench"], ["bench", "--help"]), (["bench", "help"], ["bench", "--help"])],
+)
+def test_help_is_a_word_too(words: list[str], same: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert main(same) == 0
+    assert shown == capsys.readouterr().out != ""
+
+
+@pytest.mark.parametrize("word", ["version", "--version", "-v", "-V"])
+def test_version(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([word]) == 0
+    assert capsys.readouterr().out.startswith("ftb-llm 0.")
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
@@ -61,6 +98,20 @@ def test_no_command_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "message"),
     [
         (["trian"], "no command 'trian'; did you mean train?; see ftb-llm --help"),
+        (["nonsense"], "no command 'nonsense'; see ftb-llm --help"),
+        (["help", "nonsense"], "no command 'nonsense'; see ftb-llm --help"),
+        (["bench", "bogus"], "no command 'bench bogus'; see ftb-llm bench --help"),
+        (["bench", "losse"], "no command 'bench losse'; did you mean bench losses?; see ftb-llm bench --help"),
+        (["status", "--url", "x"], "--url: 'x' is not the address of a run; it should be such as http://127.0.0.1:8000"),
+        (["status", "--url", ""], "--url: '' is not the address of a run; it should be such as http://127.0.0.1:8000"),
+        (["stop", "--url", "http://h:99999"], "--url: 'http://h:99999' is not the address of a run; it should be such as http://127.0.0.1:8000"),
+        (["watch", "--url", "ftp://h"], "--url: 'ftp://h' is not the address of a run; it should be such as http://127.0.0.1:8000"),
+        (
+            ["set", "objective.beta="],
+            "objective.beta: has no value after the =, as when a shell variable is not set; write objective.beta=null where none is meant",
+        ),
+        (["train", "objective.beta=1", "objective.beta=2"], "objective.beta: is given more than once: objective.beta=1 and objective.beta=2; give it once"),
+        (["set", "objective.beta=1", "objective.beta=2"], "objective.beta: is given more than once: objective.beta=1 and objective.beta=2; give it once"),
         (["status", "--bogus"], "unrecognized arguments: --bogus; see ftb-llm status --help"),
         (["set"], "the following arguments are required: KEY=VALUE; see ftb-llm set --help"),
         (["set", "=5"], "'=5' is not a setting; write it section.key=value, for example objective.beta=0.1"),
@@ -90,6 +141,61 @@ def test_each_problem_of_a_config_is_one_line(capsys: pytest.CaptureFixture[str]
 def test_a_run_that_does_not_answer_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--url", "http://127.0.0.1:9"]) == 1
     assert error_lines(capsys)[0].startswith("ftb-llm: error: nothing listens at http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("url", ["", "x"])
+def test_an_address_in_the_environment_is_checked_too(url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FTB_LLM_URL", url)
+    assert main(["status"]) == 2
+    assert error_lines(capsys) == [f"ftb-llm: error: FTB_LLM_URL: {url!r} is not the address of a run; it should be such as http://127.0.0.1:8000"]
+
+
+def test_a_host_that_nobody_knows_is_not_one_where_nothing_listens(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*words: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    assert main(["status", "--url", "http://nowhere.invalid:8000"]) == 1
+    reason = f"[Errno {socket.EAI_NONAME}] Name or service not known"
+    assert error_lines(capsys) == [f"ftb-llm: error: http://nowhere.invalid:8000: the host nowhere.invalid is not known ({reason})"]
+
+
+def test_a_host_that_no_resolver_is_asked_for_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    host = "a" * 70
+    assert main(["status", "--url", f"http://{host}.invalid"]) == 1
+    assert error_lines(capsys) == [f"ftb-llm: error: http://{host}.invalid: {host}.invalid is no name of a host"]
+
+
+@pytest.mark.parametrize("token", ["s3c\nret", "tökén"])
+def test_a_token_that_no_header_carries_is_refused_unseen(token: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FTB_LLM_TOKEN", token)
+    assert main(["status", "--url", "http://127.0.0.1:9"]) == 2
+    [line] = error_lines(capsys)
+    assert line.startswith("ftb-llm: error: FTB_LLM_TOKEN: character ")
+    assert token not in line
+
+
+def test_what_the_machine_does_to_a_file_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(args: object) -> int:
+        raise ExceptionGroup("tasks", [OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.jsonl")])
+
+    monkeypatch.setattr(service, "COMMANDS", [command for command in service.COMMANDS if command.name != "stop"] + [with_run("stop", full)])
+    assert main(["stop"]) == 1
+    assert error_lines(capsys) == ["ftb-llm: error: runs/a/metrics.jsonl: No space left on device"]
+
+
+def with_run(name: str, run: Callable[[argparse.Namespace], int]) -> Command:
+    return dataclasses.replace(next(command for command in service.COMMANDS if command.name == name), run=run)
+
+
+def test_other_errors_keep_their_traceback(tmp_path: Path) -> None:
+    assert file_trouble(OSError(errno.EMFILE, "Too many open files", "last.json")) == "last.json: Too many open files"
+    assert file_trouble(OSError(errno.ENOSPC, "No space left on device")) == "No space left on device"
+    for error in (ValueError("ours"), ConnectionResetError(errno.ECONNRESET, "reset"), ExceptionGroup("", [ValueError("ours"), OSError(errno.ENOSPC, "full")])):
+        assert file_trouble(error) is None
+    with pytest.raises(sqlite3.OperationalError) as caught:
+        sqlite3.connect(tmp_path / "nowhere" / "run.db")
+    assert file_trouble(caught.value) == "run.db: unable to open database file"
 
 
 def test_dry_run_prints_a_config_that_loads_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,6 +319,14 @@ def test_the_doctors_pins_are_the_requirements(file: str) -> None:
 )
 def test_light_commands_import_nothing_heavy(words: list[str]) -> None:
     code = f"import sys; from ftb_llm.cli.main import main; main({words!r}); print(sorted({{'torch', 'vllm', 'ray', 'transformers'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["help"], ["--version"], ["bench", "--help"], ["trian"]])
+def test_finding_a_command_imports_none(words: list[str]) -> None:
+    slow = "('torch', 'vllm', 'ray', 'transformers', 'pydantic', 'httpx', 'yaml', 'rich', 'numpy', 'sqlite3', 'asyncio')"
+    code = f"import sys; from ftb_llm.cli.main import main; main({words!r}); print([name for name in {slow} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 

@@ -71,6 +71,7 @@ async def test_a_run_goes_to_its_last_step_and_keeps_its_books(tmp_path):
     assert accounts["trained"] == 12 and accounts["leased"] == 0
     assert accounts["generated"] == sum(accounts[state] for state in ("trained", "dropped_stale", "rejected", "buffered", "leased"))
     assert controller.facts["logprob_max_abs_diff"] == 0.25
+    assert controller.facts["logprob_max_abs_diff_per_token"] == 0.125
     assert controller.facts["speed_after_push_ratio"] == 1.0
 
 

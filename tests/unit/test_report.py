@@ -294,6 +294,38 @@ def test_other_tasks_have_no_known_end() -> None:
     assert rows["training time"].goal == ""
 
 
+@pytest.mark.parametrize("changes", [{"as_shipped": False}, {"state": "stopped"}, {"state": "failed"}])
+def test_a_run_of_ones_own_and_one_that_ended_early_show_their_numbers_without_a_verdict(changes: dict[str, Any]) -> None:
+    missed = {
+        "exact_tv_end": 0.4,
+        "mean_staleness_steps": 0.5,
+        "push_pause_ms_p50": 1096.0,
+        "speed_after_push_ratio": 0.5,
+        "peak_rss_gib": 60.0,
+        "modes_found": 3,
+    }
+    rows = judged_rows(summary("demo", 22) | missed | changes)
+    assert [row.label for row in rows if row.goal] == ["engine vs learner log-prob per token, max"]
+    shown = dict(summary_rows(summary("demo", 22) | missed | changes))
+    assert shown["push pause, median"] == "1096 ms"
+    assert shown["reward"] == "0.400 → 2.0300 (target 2.1000)"
+    assert shown["modes found"] == "3 of 16"
+    assert not any("missed" in text for text in shown.values())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "shown"),
+    [
+        ("float32", 1.2e-6, "1.2e-06 (goal: within 5e-05 in float32)"),
+        ("float32", 1e-3, "1.0e-03 (goal: within 5e-05 in float32; missed)"),
+        ("bfloat16", 1e-2, "1.0e-02 (goal: within 0.05 in bfloat16)"),
+    ],
+)
+def test_engine_and_learner_are_compared_per_token_and_by_precision(dtype: str, value: float, shown: str) -> None:
+    rows = dict(summary_rows(summary("demo", 400) | {"as_shipped": False, "dtype": dtype, "logprob_max_abs_diff_per_token": value}))
+    assert rows["engine vs learner log-prob per token, max"] == shown
+
+
 def test_summary_rows_are_short_text_and_leave_nulls_out() -> None:
     rows = dict(summary_rows(summary("demo", 400)))
     assert rows["exact TV to the target"] == "0.860 → 0.0350 (goal: below 0.05)"

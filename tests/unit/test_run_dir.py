@@ -1,11 +1,13 @@
+import errno
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
 from ftb_llm.errors import SetupError
-from ftb_llm.run_dir import RunDir
+from ftb_llm.run_dir import RunDir, write_whole
 
 
 def test_a_run_folder_is_never_overwritten(tmp_path):
@@ -124,3 +126,13 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
         run_dir.write_json("config.json", 2)
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["config.json"]
     assert run_dir.read_json("config.json") == 1
+
+
+def test_a_full_disk_names_the_file_that_it_refuses(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/summary\.json'$"):
+        write_whole(tmp_path / "summary.json", "{}")
+    assert list(tmp_path.iterdir()) == []

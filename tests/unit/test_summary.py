@@ -3,7 +3,7 @@ import tracemalloc
 
 from ftb_llm.config import Config, build_config
 from ftb_llm.run_dir import RunDir
-from ftb_llm.summary import objective_changes, summarise, switch_steps
+from ftb_llm.summary import configured, objective_changes, summarise, switch_steps
 
 
 def make_row(step, **metrics):
@@ -79,6 +79,16 @@ def test_the_divergence_is_every_one_that_was_in_force(tmp_path):
     assert summary_of(tmp_path / "one", rows[:2])["divergence"] == "forward_kl"
     assert summary_of(tmp_path / "all", rows)["divergence"] == "forward_kl, then tv from step 3, then tv, tempered from step 4"
     assert summary_of(tmp_path / "grpo", [trained(1, "tv", kind="grpo")])["divergence"] == "grpo"
+
+
+def test_many_changes_of_the_divergence_are_still_a_line(tmp_path):
+    names = ("tv", "js")
+    rows = [trained(step, names[step % 2], version=step) for step in range(1, 1001)]
+    expected = "js, then tv from step 2, then js from step 3, then tv from step 4, then 995 changes more, then tv from step 1000"
+    assert summary_of(tmp_path, rows)["divergence"] == expected
+    schedule = [{"step": step, "name": names[step % 2]} for step in range(1, 1001)]
+    told = configured(build_config({"objective": {"divergence": {"schedule": schedule}}}).objective)
+    assert told == "reverse_kl, then js from step 1, then tv from step 2, then js from step 3, then 996 changes more, then tv from step 1000"
 
 
 def test_an_alpha_that_drifts_along_its_ramp_is_no_change():
