@@ -27,7 +27,8 @@ ftb-llm train configs/quickstart.yaml objective.beta=0.1 objective.divergence.na
 The value of a word is read as what the setting is: text as it stands (`run.name=007`, `control.host=::`), a whole number also as `1e6`,
 anything else as YAML; `null` is none. A word without a value is refused, as after a shell variable that is not set. A key that stands
 twice in one file, or in two words, is refused too. Files may write numbers as `1e-4` as well.
-`objective.divergence: hellinger` is short for `objective.divergence.name`, in files and in words. Files hold plain data: no tags, at most 50 levels, at most 1 MiB.
+`objective.divergence: hellinger` is short for `objective.divergence.name`, in files and in words.
+Files hold plain data: no tags, at most 50 levels, at most 1 MiB.
 
 `--dry-run` prints the resolved config and exits. Unknown keys, wrong types and values out of range end the command with exit
 code 2 and one line per problem, before anything starts.
