@@ -262,7 +262,7 @@ def make_state(*, step: int = 11, phase: Phase = Phase.TRAINING, row: dict[str, 
     serving.version, serving.last_push, serving.groups_in_flight = 8, make_push(), 8
     serving.enter(GeneratorPhase.SERVING)
     out.enter(GeneratorPhase.OUT, "canary failed at version 8: engine still answers as the base model")
-    state = RunState(name="fake", run_dir="runs/fake", phase=phase, started_step=step, policy_version=8, generators=[serving, out])
+    state = RunState(name="fake", run_dir="runs/fake", phase=phase, started_step=step, started_time=1.0, policy_version=8, generators=[serving, out])
     state.finish_step(step, row or make_row(step))
     return state
 
