@@ -85,6 +85,7 @@ def test_bench_alone_lists_its_commands(words: list[str], code: int, capsys: pyt
         "bench learner",
         "bench ranks",
         "bench gpu",
+        "bench siege",
     ]
     assert printed.err == ""
 
@@ -108,7 +109,7 @@ def test_tables_follow_the_request_and_lags_rise(asked: list[TrialSpec], tmp_pat
     [
         (
             ["bench", "speed"],
-            "bench is the first word of bench staleness, bench divergences, bench losses, bench quickstart, bench learner, bench ranks, bench gpu; "
+            "bench is the first word of bench staleness, bench divergences, bench losses, bench quickstart, bench learner, bench ranks, bench gpu, bench siege; "
             "see ftb-llm bench --help",
         ),
         (["bench", "ranks", "--size", "huge"], "argument --size: huge is no size; the sizes are tiny, small, large"),
