@@ -130,6 +130,7 @@ class Crowd:
                     next_drip += DRIP_SECONDS
                     self.drip()
                 time.sleep(TICK_SECONDS)
+            self.look()
         finally:
             for member in self.members:
                 member.close()

@@ -1,4 +1,4 @@
-"""An honest client of a live run: what it asked, how long it waited, and what failed."""
+"""An honest client of a control plane: what it asked, how long it waited, and what failed."""
 
 import http.client
 import threading
@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from urllib.parse import urlsplit
 
 from ftb_llm.api.client import Client
-from ftb_llm.bench.live_run import LiveRun
 from ftb_llm.errors import FtbError
 
 EVERY_SECONDS = 0.25
@@ -29,9 +29,9 @@ class Asked:
 class HonestClient:
     """Asks in a thread of its own: `/healthz` on a new connection, the status on a kept one, and now and then a change of beta."""
 
-    def __init__(self, run: LiveRun) -> None:
+    def __init__(self, url: str, token: str | None = None) -> None:
         self.asked: list[Asked] = []
-        self._run = run
+        self._url, self._token = url, token
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._ask_on, name="honest client")
 
@@ -43,13 +43,10 @@ class HonestClient:
         self._stop.set()
         self._thread.join()
 
-    def between(self, begin: float, end: float) -> list[Asked]:
-        return [one for one in self.asked if begin <= one.at < end]
-
     def _ask_on(self) -> None:
         count = 0
-        with Client(self._run.url, self._run.token) as client:
-            while not self._stop.wait(EVERY_SECONDS) and self._run.alive():
+        with Client(self._url, self._token) as client:
+            while not self._stop.wait(EVERY_SECONDS):
                 self._ask("GET /healthz", self._health)
                 self._ask("GET /v1/status", client.status)
                 count += 1
@@ -58,7 +55,7 @@ class HonestClient:
                     self._ask("PATCH /v1/config", partial(client.patch, {"objective": {"beta": beta}}))
 
     def _health(self) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self._run.port, timeout=TIMEOUT_SECONDS)
+        connection = http.client.HTTPConnection(urlsplit(self._url).netloc, timeout=TIMEOUT_SECONDS)
         try:
             connection.request("GET", "/healthz")
             status = connection.getresponse().status

@@ -24,7 +24,7 @@ STOP_SECONDS = 60.0
 POLL_SECONDS = 0.5
 WARM_STEPS = 20  # after the first push, when the step rate is steady
 TOKEN_VARIABLE = "FTB_LLM_TOKEN"
-ENDLESS = ("run.max_steps=1000000", "eval.every_steps=1000000", "checkpoint.every_steps=1000000", "logging.progress=off")
+ENDLESS = ("run.max_steps=1000000", "eval.every_steps=1000000", "checkpoint.every_steps=1000000")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -120,26 +120,47 @@ def mode_of(token: str | None) -> str:
 
 def besiege(run: LiveRun, sink: "Sink", *, attacks: Sequence[str], megabytes: float, say: Callable[[str], None]) -> tuple[list[Assault], Evidence]:
     """One attack after another, as long as the run lives."""
-    assaults = []
-    with MemoryWatch(run) as memory, HonestClient(run) as honest:
+    assaults: list[Assault] = []
+    with MemoryWatch(run) as memory, HonestClient(run.url, run.token) as honest:
         quiet = rest(run)
         for attack in attacks:
             order = Order(attack=attack, port=run.port, seconds=ATTACK_SECONDS[attack], megabytes=megabytes, connections=CONNECTIONS[attack])
-            on_run, outcome = stretch_of(run, partial(attack_in_a_process, order, run))
-            between = rest(run)
-            before_sink = sink.cpu_seconds()
-            same = replace(order, port=sink.port)
-            on_sink, on_it = stretch_of(run, partial(attack_in_a_process, same, run))
-            cores = (sink.cpu_seconds() - before_sink + (0.0 if on_it is None else on_it.cpu_seconds)) / on_sink.seconds
-            after = rest(run)
-            assaults.append(
-                Assault(attack=attack, before=quiet, on_run=on_run, between=between, on_sink=on_sink, after=after, outcome=outcome, cores_on_sink=cores)
-            )
-            say(f"{attack}: {'broken off' if outcome is None else f'{outcome.opened} connections, {outcome.sent_bytes / MEGABYTE:.1f} MB sent'}")
+            assaults.append(assault(run, sink, order, quiet))
+            say(told(assaults[-1]))
             if not run.alive():
                 break
-            quiet = after
+            quiet = assaults[-1].after
     return assaults, Evidence(steps=run.step_times(), memory=memory.samples, asked=honest.asked)
+
+
+def assault(run: LiveRun, sink: "Sink", order: Order, before: Stretch) -> Assault:
+    most = run.private_bytes() + MEMORY_LIMIT_MB * MEGABYTE
+
+    def too_large() -> bool:
+        return run.private_bytes() > most
+
+    on_run, outcome = stretch_of(run, partial(attack_in_a_process, order, broken_off=too_large))
+    between = rest(run)
+    spent = sink.cpu_seconds()
+    on_sink, same = stretch_of(run, partial(attack_in_a_process, replace(order, port=sink.port), broken_off=too_large))
+    cores = (sink.cpu_seconds() - spent + (0.0 if same is None else same.cpu_seconds)) / on_sink.seconds
+    return Assault(
+        attack=order.attack,
+        before=before,
+        on_run=on_run,
+        between=between,
+        on_sink=on_sink,
+        after=rest(run),
+        outcome=outcome,
+        cores_on_sink=cores,
+    )
+
+
+def told(one: Assault) -> str:
+    """An attack in one line."""
+    if one.outcome is None:
+        return f"{one.attack}: broken off, since the run grew by more than {MEMORY_LIMIT_MB:.0f} MB"
+    return f"{one.attack}: {one.outcome.opened} connections, {one.outcome.closed} closed by the run, {one.outcome.sent_bytes / MEGABYTE:.1f} MB sent"
 
 
 def rest(run: LiveRun) -> Stretch:
@@ -153,9 +174,8 @@ def stretch_of(run: LiveRun, act: Callable[[], Any]) -> tuple[Stretch, Any]:
     return Stretch(begin=begin, end=end, cpu_seconds=max(0.0, run.cpu_seconds() - spent)), found
 
 
-def attack_in_a_process(order: Order, run: LiveRun) -> Outcome | None:
-    """What came of it, or None where it was broken off because the run grew too large."""
-    most = run.private_bytes() + MEMORY_LIMIT_MB * MEGABYTE
+def attack_in_a_process(order: Order, *, broken_off: Callable[[], bool]) -> Outcome | None:
+    """What came of it, or None where it was broken off."""
     command = [sys.executable, "-m", "ftb_llm.bench.attacks"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -164,8 +184,10 @@ def attack_in_a_process(order: Order, run: LiveRun) -> Outcome | None:
             process.stdin.close()
             deadline = time.monotonic() + order.seconds + SLACK_SECONDS
             while process.poll() is None:
-                if run.private_bytes() > most or time.monotonic() > deadline:
+                if broken_off():
                     return None
+                if time.monotonic() > deadline:
+                    raise FtbError(f"the attacker did not end within {SLACK_SECONDS:.0f} s of its {order.seconds:.0f}")
                 time.sleep(SAMPLE_SECONDS)
             if process.returncode != 0:
                 raise FtbError(f"the attacker's own process ended with exit code {process.returncode}")

@@ -109,9 +109,11 @@ def test_tables_follow_the_request_and_lags_rise(asked: list[TrialSpec], tmp_pat
     [
         (
             ["bench", "speed"],
-            "bench is the first word of bench staleness, bench divergences, bench losses, bench quickstart, bench learner, bench ranks, bench gpu, bench siege; "
-            "see ftb-llm bench --help",
+            "bench is the first word of bench staleness, bench divergences, bench losses, bench quickstart, bench learner, bench ranks, bench gpu, "
+            "bench siege; see ftb-llm bench --help",
         ),
+        (["bench", "siege", "--attacks", "flood"], "argument --attacks: flood is no attack; the attacks are headers, one-header, idle, slow"),
+        (["bench", "siege", "objective.bet=1"], "objective.bet: unknown setting; did you mean objective.beta?"),
         (["bench", "ranks", "--size", "huge"], "argument --size: huge is no size; the sizes are tiny, small, large"),
         (["bench", "ranks", "--ranks", "1,9"], "argument --ranks: 9 is wrong: a step has 8 groups to share, so it should be 1 to 8"),
         (["bench", "ranks", "--ranks", "0"], "argument --ranks: 0 is wrong: a step has 8 groups to share, so it should be 1 to 8"),
