@@ -25,16 +25,20 @@ from ftb_llm.api import prometheus
 from ftb_llm.audit import logprob_differences, speed_around, speed_of
 from ftb_llm.buffer import GroupBuffer
 from ftb_llm.config import Config
-from ftb_llm.config.ledger import ConfigLedger, ConfigVersion
+from ftb_llm.config.ledger import ConfigLedger, ConfigVersion, PastVersions
 from ftb_llm.config.resolve import resolve_learning_rate
+from ftb_llm.config_record import record_config
 from ftb_llm.datasets import PromptOrder, check_prompts_fit
-from ftb_llm.delivery import NewestAdapter, deliver, deliver_forever
+from ftb_llm.delivery import NewestAdapter, abandon, catch_up, deliver_forever
 from ftb_llm.errors import FtbError, WrongState
+from ftb_llm.events import Events
 from ftb_llm.generation import Generation, WorkList, group_number
 from ftb_llm.journal import Journal
 from ftb_llm.metrics import step_row
 from ftb_llm.ports import GeneratorPort, LearnerPort, Progress, ReferencePort, RewardPort
+from ftb_llm.readiness import not_ready_cause
 from ftb_llm.run_dir import RunDir, checkpoint_step
+from ftb_llm.run_log import RunLog
 from ftb_llm.state import GeneratorPhase, GeneratorState, Phase, RunState
 from ftb_llm.status import run_status
 from ftb_llm.types import ScoredGroup, StepRequest
@@ -53,7 +57,7 @@ class Controller:
         self,
         *,
         config: Config,
-        config_history: Sequence[ConfigVersion],
+        config_history: PastVersions | None,
         run_dir: RunDir,
         journal: Journal,
         prompts: PromptOrder,
@@ -72,13 +76,17 @@ class Controller:
         self._longest_prompt = prompts.longest
         self._ports = {port.name: port for port in generators}
         self.state = RunState(name=run_dir.path.name, run_dir=str(run_dir.path), generators=[GeneratorState(name=port.name) for port in generators])
-        self.state.step = self.state.started_step = checkpoint_step(resume_from) if resume_from else 0
-        self.ledger = ConfigLedger(config, next_step=lambda: self.state.started_step + 1, on_change=self._record_config, history=config_history)
-        for version in self.ledger.history()[len(config_history) :]:
-            if config_history:
-                self._record_config(version)  # a resume changed the config: that is an event
-            else:
-                journal.add_config(version)
+        self.state.last_checkpoint = checkpoint_step(resume_from) if resume_from else None
+        self.state.step = self.state.started_step = self.state.last_checkpoint or 0
+        self._log = RunLog(run_dir.path)
+        self._events = Events(log=self._log, state=self.state, progress=progress)
+        self.emit = self._events.emit
+        self._config_before = config if config_history is None else config_history.config
+        self.ledger = ConfigLedger(config, next_step=self._next_step, on_change=self._record_config, past=config_history)
+        if config_history is None:
+            journal.add_config(self.ledger.current)
+        elif self.ledger.added is not None:
+            self._record_config(self.ledger.added)  # a resume changed the config: that is an event
         self.buffer = GroupBuffer(capacity=config.buffer.capacity_groups, journal=journal)
         self.buffer.forget_versions_after(self.state.step)
         self._newest = NewestAdapter()
@@ -94,7 +102,6 @@ class Controller:
         self._stop = asyncio.Event()
         self._all_dead = asyncio.Event()
         self._checkpoint_wanted = False
-        self._checkpointed_step = self.state.step if resume_from else None
         self._published = False
         self._last_step_end = time.monotonic()
         self.facts: dict[str, Any] = {}  # measured once per run, for summary.json
@@ -102,21 +109,14 @@ class Controller:
     # -- what the control plane and the command line see
 
     def status(self) -> dict[str, Any]:
-        return run_status(self.state, self.ledger, self.buffer)
+        return run_status(self.state, self.ledger, self.buffer, self._log)
 
     def metrics_text(self) -> bytes:
-        return prometheus.render(self.status(), self.state.last_row)
+        return prometheus.render(self.status(), self.state.last_values)
 
     def not_ready_cause(self) -> str | None:
         """Why nothing moves, or None."""
-        if self.state.phase is not Phase.TRAINING:
-            return f"the run is {self.state.phase.value}"
-        idle_seconds = time.monotonic() - self.state.last_progress
-        if idle_seconds < 120:
-            return None
-        serving = [generator.name for generator in self.state.generators if generator.phase is GeneratorPhase.SERVING]
-        waits_for = "the learner's step" if self.buffer.depth >= self._config().learner.groups_per_step else "groups"
-        return f"no step for {idle_seconds:.0f} s; waiting for {waits_for}; serving generators: {', '.join(serving) or 'none'}"
+        return not_ready_cause(self.state, self._config(), self.buffer)
 
     def request_stop(self, source: str) -> None:
         if self.state.phase not in (Phase.STARTING, Phase.TRAINING):
@@ -131,16 +131,6 @@ class Controller:
         self._checkpoint_wanted = True
         return {"after_step": self.state.step + 1}
 
-    def emit(self, kind: str, message: str, **details: Any) -> None:
-        """Write an event down and show those that a person should see."""
-        self._run_dir.append_event(kind, message, step=self.state.step, **details)
-        if kind in ("push_failed", "actor_out", "rejected", "warning"):
-            self.state.last_error = message
-        if kind == "rejected" and not _worth_a_line(self.buffer.accounting.reasons[details["reason"]]):
-            return
-        if kind != "push":
-            self._progress.line(f"{kind}: {message}")
-
     # -- the run
 
     async def run(self) -> None:
@@ -152,18 +142,24 @@ class Controller:
         except BaseException as caught:  # noqa: BLE001 - recorded, then raised again
             error = root_cause(caught)
             self.state.phase = Phase.FAILED
-            self.state.last_error = str(error) or type(error).__name__
+            self.state.fail(failure(error))
             self.emit("finished", f"the run failed at step {self.state.step}: {self.state.last_error}")
             raise error from None
+        finally:
+            for generator in self.state.generators:
+                await abandon(generator)
+            self._events.close()
 
     async def _start(self) -> None:
-        self._progress.line("starting: engines load and warm up")
+        self.emit("starting", "engines load and warm up")
         learner, *_ = await asyncio.gather(self._learner.start(), *(port.start() for port in self._ports.values()))
         if not learner.get("packed", True):
             self.emit("warning", _NOT_PACKED)
         if self._resume_from is not None:
             await self._learner.load_checkpoint(str(self._resume_from))
-            self._run_dir.forget_metrics_after(self.state.step)
+            await asyncio.to_thread(self._log.forget_metrics_after, self.state.step)
+            for damage in await asyncio.to_thread(self._run_dir.damage):
+                self.emit("warning", damage)
         await self._publish()
         speed = await speed_around(list(self._ports.values()), self._push_to_all)
         if not self._serving():
@@ -190,6 +186,7 @@ class Controller:
             ]
             others.append(tasks.create_task(self._watch_generators(workers)))
             await self._train_steps()
+            self.state.phase = Phase.STOPPING  # from here on no step follows
             await self._generation.drain(_DRAIN_SECONDS)
             for task in [*workers, *others]:
                 task.cancel()
@@ -200,6 +197,8 @@ class Controller:
             groups = await self._lease(step)
             if groups is None:
                 return
+            if step > self._config().run.max_steps:  # lowered while the groups were waited for
+                return self.buffer.give_back(groups)
             await self._step(step, groups)
 
     async def _lease(self, step: int) -> list[ScoredGroup] | None:
@@ -262,7 +261,7 @@ class Controller:
         row |= await self._after_step(version.config, step)
         now = time.monotonic()
         row["time/step_seconds"], self._last_step_end = now - self._last_step_end, now
-        self._run_dir.append_metrics(row)
+        self._log.append_metrics(row)
         self.state.finish_step(step, row)
         self._progress.update(self.status())
 
@@ -289,17 +288,17 @@ class Controller:
     async def _push_to_all(self) -> None:
         """Bring every living generator to the newest adapter; those that can't get there are out."""
         adapter, payload = await self._newest.newer_than(-1)
-        behind = [state for state in self.state.generators if state.version < adapter.version and state.phase is not GeneratorPhase.DEAD]
-        timeout_seconds = self._config().actors.push_timeout_seconds
-        await asyncio.gather(*(deliver(self._ports[state.name], state, adapter, payload, timeout_seconds=timeout_seconds, emit=self.emit) for state in behind))
+        limit = self._config().actors.push_timeout_seconds
+        pushes = (catch_up(self._ports[state.name], state, adapter, payload, timeout_seconds=limit, emit=self.emit) for state in self.state.generators)
+        await asyncio.gather(*pushes)
 
     async def _checkpoint(self) -> None:
         """Save the present step, unless it is saved already."""
         self._checkpoint_wanted = False
-        if self._checkpointed_step == self.state.step:
+        if self.state.last_checkpoint == self.state.step:
             return
-        self._checkpointed_step = self.state.step
         path = await self._learner.save_checkpoint(self.state.step)
+        self.state.last_checkpoint = self.state.step
         self.emit("checkpoint", f"checkpoint of step {self.state.step} in {path}", path=path)
 
     async def _evaluate(self, beta: float) -> dict[str, Any]:
@@ -307,13 +306,13 @@ class Controller:
         report = await self._learner.evaluate(self.state.step, beta)
         if report is None:
             return {}
-        self._run_dir.write_json("eval/first.json" if report.step == 0 else "eval/last.json", asdict(report))
+        self._log.write_document("eval/first.json" if report.step == 0 else "eval/last.json", asdict(report))
         return report.metrics
 
     async def _evaluate_start(self) -> None:
         metrics = await self._evaluate(self._config().objective.beta)
         row = {"step": 0, "time": time.time(), "config_version": self.ledger.current.version, "policy_version": 0, **metrics}
-        self._run_dir.append_metrics(row)
+        self._log.append_metrics(row)
         self.state.finish_step(0, row)
 
     async def _close(self) -> None:
@@ -335,8 +334,8 @@ class Controller:
         if row.get("step") != step or any(name.startswith("eval/") for name in row):
             return
         metrics = await self._evaluate(self.ledger.at_step(step).config.objective.beta)
-        self._run_dir.forget_metrics_after(step - 1)
-        self._run_dir.append_metrics(row | metrics)
+        await asyncio.to_thread(self._log.forget_metrics_after, step - 1)
+        self._log.append_metrics(row | metrics)
         self.state.finish_step(step, row | metrics)
 
     async def _audit(self) -> None:
@@ -357,20 +356,17 @@ class Controller:
     def _config(self) -> Config:
         return self.ledger.current.config
 
+    def _next_step(self) -> int:
+        """The first step that has not started; `WrongState` when none will."""
+        if self.state.phase not in (Phase.STARTING, Phase.TRAINING):
+            raise WrongState(f"no step will follow: the run is {self.state.phase.value}")
+        return self.state.started_step + 1
+
     def _record_config(self, version: ConfigVersion) -> None:
         """Called before a version counts: what is raised here refuses it."""
         check_prompts_fit(version.config, self._longest_prompt)
-        changes = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in version.changed.items())
-        self.emit(
-            "config_change",
-            f"config version {version.version} from step {version.effective_step} on ({version.source}): {changes}",
-            version=version.version,
-            effective_step=version.effective_step,
-            source=version.source,
-            changed={key: list(values) for key, values in version.changed.items()},
-        )
-        self._journal.add_config(version)
-        self._run_dir.write_json("config.json", version.config.model_dump(mode="json"))
+        record_config(version, before=self._config_before, journal=self._journal, run_dir=self._run_dir, emit=self.emit)
+        self._config_before = version.config
 
     async def _watch_generators(self, workers: Sequence[asyncio.Task[None]]) -> None:
         """Workers end only when their generator is dead; when all have, the training loop must not wait for groups."""
@@ -378,13 +374,14 @@ class Controller:
         self._all_dead.set()
 
 
-def _worth_a_line(count: int) -> bool:
-    """The first, second, fourth, eighth … of a kind: thousands of rejections are one fact, not thousands."""
-    return count & (count - 1) == 0
-
-
 def root_cause(error: BaseException) -> BaseException:
     """The first error inside a task group's bundle: what broke, the others were only cancelled for it."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
+
+
+def failure(error: BaseException) -> str:
+    """What ended the run: our own errors speak for themselves, of others the name says the most."""
+    text = str(error)
+    return text if text and isinstance(error, FtbError) else ": ".join(filter(None, (type(error).__name__, text)))

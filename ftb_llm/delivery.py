@@ -38,31 +38,84 @@ class NewestAdapter:
             return self._newest
 
 
-async def deliver(port: GeneratorPort, state: GeneratorState, adapter: AdapterRef, payload: Any, *, timeout_seconds: float, emit: Emit) -> PushReport | None:
-    """One push with its verdict written down. A failed one takes the generator out; None when there is no report."""
-    try:
-        async with asyncio.timeout(timeout_seconds):
-            report = await port.push(adapter, payload)
-    except TimeoutError:
-        _take_out(state, adapter, f"push of version {adapter.version} took longer than actors.push_timeout_seconds = {timeout_seconds:g}", emit)
+async def deliver(
+    port: GeneratorPort,
+    state: GeneratorState,
+    adapter: AdapterRef,
+    payload: Any,
+    *,
+    timeout_seconds: float,
+    emit: Emit,
+) -> PushReport | None:
+    """One push with its verdict written down. A failed one takes the generator out; None when there is no report.
+
+    A push that takes too long goes on in its actor. Until it is answered nothing else is sent there: this call then waits
+    for that answer, which counts however late it comes.
+    """
+    is_late = state.unanswered is not None
+    if state.unanswered is None:
+        state.unanswered = asyncio.ensure_future(_send(port, adapter, payload))
+    answer = state.unanswered
+    await asyncio.wait({answer}, timeout=timeout_seconds)
+    if not answer.done():
+        if not is_late:
+            limit = f"actors.push_timeout_seconds = {timeout_seconds:g}"
+            _take_out(state, adapter, f"push of version {adapter.version} took longer than {limit}", emit, same="late")
         return None
+    state.unanswered = None
+    try:
+        report = answer.result()
     except ProcessDied as error:
         bury(state, error, emit)
         return None
     except Exception as error:  # noqa: BLE001 - the supervisor's boundary: whatever broke, this generator is out and the run goes on
-        _take_out(state, adapter, f"push of version {adapter.version} failed: {error}", emit)
+        _take_out(state, adapter, f"push of version {adapter.version} failed: {error}", emit, same=str(error))
         return None
+    return _judged(state, adapter, report, emit)
+
+
+async def _send(port: GeneratorPort, adapter: AdapterRef, payload: Any) -> PushReport:
+    return await port.push(adapter, payload)
+
+
+def _judged(state: GeneratorState, adapter: AdapterRef, report: PushReport, emit: Emit) -> PushReport:
+    """The report may be of an older adapter than the one that is due, when it came late."""
     if not report.ok:
-        _take_out(state, adapter, f"canary failed at version {adapter.version}: {report.problem}", emit, **asdict(report))
+        problem = f"canary failed at version {report.version}: {report.problem}"
+        _take_out(state, adapter, problem, emit, same=str(report.problem), **asdict(report))
         return report
     was_out = state.phase is GeneratorPhase.OUT
-    state.version = adapter.version
+    state.version = report.version
     state.last_push = report
     state.enter(GeneratorPhase.SERVING)
-    emit("push", f"{state.name} holds version {adapter.version} after a pause of {report.pause_ms:.0f} ms", **asdict(report))
+    emit("push", f"{state.name} holds version {report.version} after a pause of {report.pause_ms:.0f} ms", **asdict(report))
     if was_out:
-        emit("actor_back", f"{state.name} serves again, at version {adapter.version}", generator=state.name)
+        emit("actor_back", f"{state.name} serves again, at version {report.version}", generator=state.name)
     return report
+
+
+async def catch_up(
+    port: GeneratorPort,
+    state: GeneratorState,
+    adapter: AdapterRef,
+    payload: Any,
+    *,
+    timeout_seconds: float,
+    emit: Emit,
+) -> None:
+    """Bring a generator to this adapter, after the answer to an earlier push where one is due; give up at the first failure."""
+    while state.version < adapter.version and state.phase is not GeneratorPhase.DEAD:
+        report = await deliver(port, state, adapter, payload, timeout_seconds=timeout_seconds, emit=emit)
+        if report is None or not report.ok:
+            return
+
+
+async def abandon(state: GeneratorState) -> None:
+    """Nobody waits for the answer to a push any more."""
+    answer, state.unanswered = state.unanswered, None
+    if answer is not None:
+        answer.cancel()
+        await asyncio.gather(answer, return_exceptions=True)
 
 
 def bury(state: GeneratorState, error: Exception, emit: Emit) -> None:
@@ -72,10 +125,17 @@ def bury(state: GeneratorState, error: Exception, emit: Emit) -> None:
     state.enter(GeneratorPhase.DEAD, str(error))
 
 
-def _take_out(state: GeneratorState, adapter: AdapterRef, problem: str, emit: Emit, /, **details: Any) -> None:
-    emit("push_failed", f"{state.name}: {problem}", **{"generator": state.name, "version": adapter.version, **details})
+def _take_out(state: GeneratorState, adapter: AdapterRef, problem: str, emit: Emit, /, *, same: str, **details: Any) -> None:
+    """Failures of one generator for the same reason count as equal, whichever version they are of."""
+    told = {"generator": state.name, "version": adapter.version, **details}
+    emit("push_failed", f"{state.name}: {problem}", same=f"{state.name}: {same}", **told)
     if state.phase not in (GeneratorPhase.OUT, GeneratorPhase.DEAD):
-        emit("actor_out", f"{state.name} is out until a push succeeds: {problem}", generator=state.name)
+        emit(
+            "actor_out",
+            f"{state.name} is out until a push succeeds: {problem}",
+            same=f"{state.name}: {same}",
+            generator=state.name,
+        )
     state.enter(GeneratorPhase.OUT, problem)
 
 

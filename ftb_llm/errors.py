@@ -4,6 +4,8 @@ Each one is also the standard-library error a caller would expect, carries one c
 it crosses Ray and process boundaries unchanged.
 """
 
+import errno
+
 
 class FtbError(Exception):
     """Root of the tree: catch this to catch everything the project raises on purpose."""
@@ -57,6 +59,18 @@ class StaleConfig(FtbError, ValueError):
 
 class WrongState(FtbError, RuntimeError):
     """A command makes no sense in the run's present state."""
+
+
+class NotRecorded(FtbError, OSError):
+    """A change could not be written down, so it did not happen; the next one may. `errno` says why: ENOSPC is a full disk."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+    @property
+    def full(self) -> bool:
+        """Whether the disk has no room left."""
+        return self.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 class NotServing(WrongState):

@@ -162,9 +162,10 @@ class Generation:
         return Group(id=group_id(number), prompt=self._prompts[number], completions=(), generator=state.name, generate_seconds=0.0)
 
     async def _generate(self, port: GeneratorPort, state: GeneratorState, number: int) -> Group | None:
+        request = self.request(number)  # a fault in here is our own and ends the run under its own name
         state.groups_in_flight += 1
         try:
-            group = await port.generate(self.request(number))
+            group = await port.generate(request)
         except NotServing:
             await asyncio.sleep(_REFUSED_SECONDS)  # the push report that explains it is on its way to the delivery loop
             return None

@@ -8,13 +8,15 @@ import json
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ftb_llm.config import build_config
-from ftb_llm.config.ledger import ConfigVersion
+from ftb_llm.config.ledger import ConfigChange, ConfigVersion, PastVersions
+from ftb_llm.errors import SetupError
 from ftb_llm.types import Group, GroupState, ScoredGroup
 
 _SCHEMA = """
@@ -129,20 +131,30 @@ class Journal:
             ),
         )
 
-    def configs(self) -> list[ConfigVersion]:
-        """Every config version, oldest first."""
-        rows = self._db.execute("SELECT version, effective_step, source, changed, config, time FROM config_versions ORDER BY version")
-        return [
-            ConfigVersion(
+    @contextmanager
+    def adding_config(self, version: ConfigVersion) -> Iterator[None]:
+        """The version is in the file when the block ends well, and not when it raises."""
+        with self._transaction():
+            self.add_config(version)
+            yield
+
+    def past_configs(self) -> PastVersions | None:
+        """Every config version of a run that has any."""
+        rows = self._db.execute("SELECT version, effective_step, source, changed, time FROM config_versions ORDER BY version")
+        changes = [
+            ConfigChange(
                 version=version,
                 effective_step=effective_step,
                 source=source,
                 changed={key: (old, new) for key, (old, new) in json.loads(changed).items()},
-                config=build_config(json.loads(config)),
                 time=at,
             )
-            for version, effective_step, source, changed, config, at in rows
+            for version, effective_step, source, changed, at in rows
         ]
+        if not changes:
+            return None
+        (newest,) = self._db.execute("SELECT config FROM config_versions ORDER BY version DESC LIMIT 1").fetchone()
+        return PastVersions(changes=changes, config=build_config(json.loads(newest)))
 
     # -- inside
 
@@ -186,4 +198,33 @@ class _Transaction:
         self._db.execute("BEGIN IMMEDIATE")
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        self._db.execute("COMMIT" if error_type is None else "ROLLBACK")
+        try:
+            self._db.execute("COMMIT" if error_type is None else "ROLLBACK")
+        except sqlite3.Error:
+            if self._db.in_transaction:  # a full disk may refuse the commit and leave the rest to us
+                self._db.execute("ROLLBACK")
+            raise
+
+
+def check_books(path: Path) -> None:
+    """A run that goes on needs its books. Raises `SetupError` when they are gone or damaged; a new file is never begun here."""
+    fault = _damage(path)
+    if fault is not None:
+        raise SetupError(
+            f"--resume: {path} {fault}; without it nobody knows which groups were trained. Put a copy of it back, or begin a new run under another run.name"
+        )
+
+
+def _damage(path: Path) -> str | None:
+    if not path.is_file():
+        return "is missing"
+    if path.stat().st_size == 0:
+        return "is empty"
+    try:
+        with closing(sqlite3.connect(path)) as db:
+            (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
+            db.execute("SELECT COUNT(*) FROM groups").fetchone()
+            db.execute("SELECT COUNT(*) FROM config_versions").fetchone()
+    except sqlite3.DatabaseError as error:
+        return f"is damaged ({error})"
+    return None if verdict == "ok" else f"is damaged ({' '.join(str(verdict).split())})"

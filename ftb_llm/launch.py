@@ -27,10 +27,10 @@ from ftb_llm.config.ledger import difference
 from ftb_llm.controller import Controller
 from ftb_llm.custom import load_custom
 from ftb_llm.datasets import PromptOrder
-from ftb_llm.errors import FixedSetting, SetupError
+from ftb_llm.errors import CheckpointError, FixedSetting, SetupError
 from ftb_llm.export import Exported, export_merged
 from ftb_llm.inputs import Inputs, read_inputs
-from ftb_llm.journal import Journal
+from ftb_llm.journal import Journal, check_books
 from ftb_llm.machine import PeakMemory, core_count, gpu_count, tree_rss_bytes
 from ftb_llm.ports import Progress
 from ftb_llm.remote import RemoteGenerator, RemoteLearner, RemoteReference, check_resources, reserved, running_ray
@@ -39,6 +39,7 @@ from ftb_llm.rewards import RewardSet, RewardWorkers
 from ftb_llm.run_dir import RunDir
 from ftb_llm.state import Phase
 from ftb_llm.summary import summarise
+from learner.checkpoint import verified
 from learner.model import check_model
 from learner.ray_actor import LearnerActor, ReferenceActor
 from learner.trial import run_trial
@@ -63,6 +64,7 @@ def train(config: Config, *, resume: Path | None, progress: Progress) -> int:
 
     if resume:
         with RunDir.open(resume).locked() as run_dir:
+            check_resumable(run_dir)
             check_resumed_config(run_dir, config)
             with ray_for(config) as place:
                 return drive(run_dir, place)
@@ -121,13 +123,25 @@ def check_machine(config: Config) -> None:
         )
 
 
+def check_resumable(run_dir: RunDir) -> None:
+    """What a run goes on from must be whole; that is known here, before engines are loaded for nothing."""
+    checkpoint = run_dir.newest_checkpoint()
+    if checkpoint is not None:
+        try:
+            verified(checkpoint)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; move {checkpoint} away to go on from the one before it") from None
+    if checkpoint is not None or any(True for _ in run_dir.metrics()):
+        check_books(run_dir.path / JOURNAL)
+
+
 def check_resumed_config(run_dir: RunDir, config: Config) -> None:
     """A resumed run may move to other resources or schedules, but what its checkpoint and its queue are made of stays."""
     with closing(Journal(run_dir.path / JOURNAL)) as journal:
-        for version in journal.configs()[-1:]:
-            changed = [key for key in difference(version.config, config) if f"{key}.".startswith(_MADE_OF)]
-            if changed:
-                raise FixedSetting(changed)
+        past = journal.past_configs()
+    changed = [key for key in difference(past.config, config) if f"{key}.".startswith(_MADE_OF)] if past else []
+    if changed:
+        raise FixedSetting(changed)
 
 
 def wanted_resources(config: Config) -> tuple[float, float]:
@@ -161,7 +175,7 @@ async def _run(config: Config, inputs: Inputs, run_dir: RunDir, place: Placement
             stack.push_async_callback(generator.stop)
         controller = Controller(
             config=config,
-            config_history=journal.configs(),
+            config_history=journal.past_configs(),
             run_dir=run_dir,
             journal=journal,
             prompts=PromptOrder(inputs.prompts, seed=config.run.seed, shuffle=config.data.shuffle),
@@ -181,7 +195,8 @@ async def _run(config: Config, inputs: Inputs, run_dir: RunDir, place: Placement
         try:
             await controller.run()
         finally:
-            write_outcome(controller, run_dir, {"peak_rss_gib": memory.peak_gib, "total_seconds": time.monotonic() - began})
+            facts = {"peak_rss_gib": memory.peak_gib, "total_seconds": time.monotonic() - began}
+            await asyncio.to_thread(write_outcome, controller, run_dir, facts)  # beside the control plane, which still answers
     return INTERRUPTED if interrupted.is_set() else 0
 
 

@@ -61,6 +61,7 @@ class GeneratorState:
     groups_in_flight: int = 0
     throughput: Throughput = field(default_factory=Throughput)
     last_push: PushReport | None = None
+    unanswered: "asyncio.Task[PushReport] | None" = None  # a push that was sent and has not been answered
     last_error: str | None = None
     serving: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -80,7 +81,7 @@ class GeneratorState:
         return {
             "name": self.name,
             "state": self.phase.value,
-            "version": self.version,
+            "version": self.version if self.version >= 0 else None,
             "groups_in_flight": self.groups_in_flight,
             "tokens_per_second": self.throughput.per_second(),
             "push_pause_ms": self.last_push.pause_ms if self.last_push else None,
@@ -103,11 +104,20 @@ class RunState:
     learn_throughput: Throughput = field(default_factory=Throughput)
     last_row: dict[str, Any] = field(default_factory=dict)
     last_eval: dict[str, Any] = field(default_factory=dict)
+    last_values: dict[str, float] = field(default_factory=dict)  # of every metric that any step had
+    last_checkpoint: int | None = None  # its step
     last_error: str | None = None
+    last_error_step: int | None = None
+    last_error_time: float | None = None
     last_progress: float = field(default_factory=time.monotonic)
 
     def finish_step(self, step: int, row: dict[str, Any]) -> None:
         self.step = step
         self.last_row = row
         self.last_eval |= {name: value for name, value in row.items() if name.startswith("eval/")}
+        self.last_values |= {name: float(value) for name, value in row.items() if "/" in name and isinstance(value, int | float)}
         self.last_progress = time.monotonic()
+
+    def fail(self, problem: str) -> None:
+        """Something went wrong just now."""
+        self.last_error, self.last_error_step, self.last_error_time = problem, self.step, time.time()

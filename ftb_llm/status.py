@@ -5,10 +5,11 @@ from typing import Any
 
 from ftb_llm.buffer import GroupBuffer
 from ftb_llm.config.ledger import ConfigLedger
+from ftb_llm.run_log import RunLog
 from ftb_llm.state import RunState
 
 
-def run_status(state: RunState, ledger: ConfigLedger, buffer: GroupBuffer) -> dict[str, Any]:
+def run_status(state: RunState, ledger: ConfigLedger, buffer: GroupBuffer, log: RunLog) -> dict[str, Any]:
     """The objective is the one in force at the step in progress; the config version is the newest, which may start with the next."""
     row = state.last_row
     version = ledger.current
@@ -42,6 +43,10 @@ def run_status(state: RunState, ledger: ConfigLedger, buffer: GroupBuffer) -> di
         "eval": below(state.last_eval, "eval/"),
         "accounting": buffer.accounting.as_dict(),
         "last_error": state.last_error,
+        "last_error_step": state.last_error_step,
+        "last_error_time": state.last_error_time,
+        "last_checkpoint": state.last_checkpoint,
+        "reports": log.status(),
     }
 
 

@@ -30,8 +30,12 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def prune(parent: Path, prefix: str, *, newest: int, keep: int) -> None:
-    """Keep the last `keep` folders up to number `newest`. Later ones belong to a future that a resumed run has left."""
-    numbers = sorted(number_of(path, prefix) for path in parent.glob(f"{prefix}[0-9]*"))
+    """Keep the last `keep` folders up to number `newest`. Later ones belong to a future that a resumed run has left.
+
+    A folder of another name, such as somebody's copy `step_000080.bak`, is not ours to delete.
+    """
+    folders = [path for path in parent.glob(f"{prefix}[0-9]*") if path.name.removeprefix(prefix).isdecimal()]
+    numbers = sorted(number_of(path, prefix) for path in folders)
     kept = [number for number in numbers if number <= newest][-keep:]
     for number in set(numbers) - set(kept):
         shutil.rmtree(parent / named(prefix, number))

@@ -1,9 +1,23 @@
 """Small hand-written stand-ins for the controller's collaborators, and makers of the things that travel."""
 
 import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from ftb_llm.buffer import GroupBuffer
+from ftb_llm.config import build_config
+from ftb_llm.config.ledger import ConfigLedger
+from ftb_llm.controller import Controller
+from ftb_llm.datasets import PromptOrder
 from ftb_llm.errors import NotServing, RewardError
+from ftb_llm.journal import Journal
+from ftb_llm.metrics import step_row
+from ftb_llm.run_dir import RunDir
+from ftb_llm.run_log import RunLog
+from ftb_llm.state import GeneratorPhase, GeneratorState, Phase, RunState
+from ftb_llm.status import run_status
 from ftb_llm.types import (
     AdapterRef,
     CanaryValue,
@@ -12,6 +26,7 @@ from ftb_llm.types import (
     FinishReason,
     Group,
     GroupRequest,
+    GroupState,
     Prompt,
     PushReport,
     SamplingSpec,
@@ -125,7 +140,7 @@ class FakeLearner:
         self.on_step = on_step
 
     async def start(self) -> dict[str, Any]:
-        return {}
+        return {"packed": True}
 
     async def step(self, request: StepRequest) -> StepReport:
         self.requests.append(request)
@@ -180,3 +195,82 @@ class FakeProgress:
 
     def line(self, text: str) -> None:
         self.lines.append(text)
+
+
+def make_run(
+    path: Path,
+    settings: dict[str, Any],
+    *,
+    generators: Sequence[FakeGenerator] = (),
+    learner: FakeLearner | None = None,
+    rewards: FakeRewards | None = None,
+    progress: FakeProgress | None = None,
+    resume_from: Path | None = None,
+) -> Controller:
+    """The real controller over fakes, in the folder `path`."""
+    run_dir = RunDir(path) if resume_from else RunDir.create(path)
+    journal = Journal(path / "run.db")
+    return Controller(
+        config=build_config(settings),
+        config_history=journal.past_configs(),
+        run_dir=run_dir,
+        journal=journal,
+        prompts=PromptOrder([make_prompt(index) for index in range(5)], seed=0, shuffle=True),
+        generators=generators or [FakeGenerator()],
+        learner=learner or FakeLearner(),
+        rewards=rewards or FakeRewards(),
+        progress=progress or FakeProgress(),
+        resume_from=resume_from,
+    )
+
+
+def make_row(step: int = 11, **metrics: float) -> dict[str, Any]:
+    """A row of metrics.jsonl as a step makes it."""
+    groups = [make_scored(number, version=step - 3) for number in range(2)]
+    ledger = ConfigLedger(build_config({}), next_step=lambda: 1, on_change=lambda version: None)
+    report = StepReport(step=step, loss=0.5, metrics={"optim/grad_norm": 1.0, **metrics}, delta_GK=(), logp_GK=())
+    row = step_row(
+        now=1_760_000_000.0,
+        config_version=1,
+        policy_version=8,
+        objective=ledger.objective_at(step),
+        groups=groups,
+        report=report,
+        timings={"perf/queue_groups": 3.0, "time/learn_seconds": 0.25},
+    )
+    return row | {"time/step_seconds": 0.5}
+
+
+def make_push(generator: str = "generator-0", version: int = 8, *, problem: str | None = None) -> PushReport:
+    return PushReport(
+        generator=generator,
+        version=version,
+        byte_count=8,
+        pause_ms=91.5,
+        total_ms=120.0,
+        canary_engine=-2.0 if problem is None else -3.0,
+        canary_learner=-2.0,
+        canary_base=-3.0,
+        ok=problem is None,
+        problem=problem,
+    )
+
+
+def make_state(*, step: int = 11, phase: Phase = Phase.TRAINING, row: dict[str, Any] | None = None) -> RunState:
+    """A run at step 11 with one generator that serves and one whose first push failed."""
+    serving, out = GeneratorState(name="generator-0"), GeneratorState(name="generator-1")
+    serving.version, serving.last_push, serving.groups_in_flight = 8, make_push(), 8
+    serving.enter(GeneratorPhase.SERVING)
+    out.enter(GeneratorPhase.OUT, "canary failed at version 8: engine still answers as the base model")
+    state = RunState(name="fake", run_dir="runs/fake", phase=phase, started_step=step, policy_version=8, generators=[serving, out])
+    state.finish_step(step, row or make_row(step))
+    return state
+
+
+def make_status(state: RunState, ledger: ConfigLedger) -> dict[str, Any]:
+    """The status document of that run, as the real one is made."""
+    buffer = GroupBuffer(capacity=32, journal=Journal(Path(":memory:")))
+    counts = {GroupState.TRAINED: 11, GroupState.BUFFERED: 3, GroupState.LEASED: 3, GroupState.DROPPED_STALE: 1, GroupState.REJECTED: 2}
+    buffer.accounting.groups = Counter(counts)
+    buffer.accounting.reasons = Counter({"stale": 1, "not_finite": 2})
+    return run_status(state, ledger, buffer, RunLog(Path("runs/fake")))

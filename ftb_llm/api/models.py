@@ -59,7 +59,7 @@ class ActorStatus(Document):
 
     name: str
     state: str
-    version: int | None = Field(description="Policy version it samples from; 0 is the base model.")
+    version: int | None = Field(description="Policy version it samples from; 0 is the base model, null before its first push.")
     push_pause_ms: float | None = Field(description="Pause of its engine at the last push.")
     groups_in_flight: int
     tokens_per_second: float | None
@@ -102,6 +102,15 @@ class Accounting(Document):
     reasons: dict[str, int] = Field(default_factory=dict, description="Why groups were dropped or rejected.")
 
 
+class ReportsStatus(Document):
+    """Whether `metrics.jsonl`, `events.jsonl` and `eval/` are written. While they can't be, the run goes on."""
+
+    ok: bool
+    waiting: int = Field(description="Lines and files that wait in memory.")
+    lost: int = Field(description="Lines that were given up because too many waited.")
+    problem: str | None = Field(description="What the disk says, while it does.")
+
+
 class DivergenceStatus(Document):
     """One member of the family on the samples of the last step."""
 
@@ -134,6 +143,10 @@ class Status(Document):
     eval: dict[str, float | None] = Field(description="Latest exact numbers; empty for tasks without an oracle.")
     accounting: Accounting
     last_error: str | None
+    last_error_step: int | None = Field(default=None, description="Steps finished when it happened.")
+    last_error_time: float | None = Field(default=None, description="Unix time.")
+    last_checkpoint: int | None = Field(default=None, description="Step of the newest checkpoint.")
+    reports: ReportsStatus | None = None
     url: str | None
     run_dir: str
 

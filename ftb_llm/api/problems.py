@@ -18,25 +18,30 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ftb_llm.api.models import Problem
-from ftb_llm.errors import FixedSetting, InvalidConfig, StaleConfig, WrongState
+from ftb_llm.errors import FixedSetting, InvalidConfig, NotRecorded, StaleConfig, WrongState
 
 logger = logging.getLogger(__name__)
 
 KINDS: dict[str, tuple[int, str]] = {
+    "bad-request": (400, "The request can't be read"),
     "bad-json": (400, "The body is not JSON"),
     "unauthorized": (401, "Bearer token missing or wrong"),
-    "cross-origin": (403, "Writes from another web origin are refused"),
+    "cross-origin": (403, "Requests from another web origin are refused"),
+    "request-timeout": (408, "The request did not come in time"),
     "fixed-setting": (409, "The setting is fixed for the life of the run"),
     "wrong-state": (409, "The run's present state does not allow this"),
     "stale-config": (412, "The config has changed since it was read"),
     "body-too-large": (413, "The body is too large"),
-    "unsupported-media-type": (415, "The body's media type is not supported"),
+    "unsupported-media-type": (415, "The body's media type or encoding is not supported"),
     "foreign-host": (421, "The Host header does not name this machine"),
     "invalid-config": (422, "The resulting config is not valid"),
     "invalid-request": (422, "The request is not valid"),
     "precondition-required": (428, "If-Match is required"),
+    "header-too-large": (431, "The request's header is too large"),
     "internal-error": (500, "Internal error"),
     "not-ready": (503, "The run makes no progress"),
+    "not-recorded": (503, "The change could not be written down and did not happen"),
+    "disk-full": (507, "The run's disk is full, so the change did not happen"),
 }
 
 
@@ -95,6 +100,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(FixedSetting, _fixed_setting)
     app.add_exception_handler(InvalidConfig, _invalid_config)
     app.add_exception_handler(WrongState, _wrong_state)
+    app.add_exception_handler(NotRecorded, _not_recorded)
     app.add_middleware(LastResort)
 
 
@@ -136,6 +142,11 @@ def _invalid_config(request: Request, error: Exception) -> Response:
 
 def _wrong_state(request: Request, error: Exception) -> Response:
     return Refused("wrong-state", str(error)).response(request.scope)
+
+
+def _not_recorded(request: Request, error: Exception) -> Response:
+    assert isinstance(error, NotRecorded)
+    return Refused("disk-full" if error.full else "not-recorded", str(error)).response(request.scope)
 
 
 def _response(scope: Scope, status: int, kind: str, title: str, detail: str, headers: Mapping[str, str] | None, extra: dict[str, Any]) -> Response:

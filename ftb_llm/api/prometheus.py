@@ -43,7 +43,7 @@ IN_STATUS = ("off_policy/staleness_", "perf/generate_tokens_per_second", "perf/l
 
 
 def render(status: Mapping[str, Any], row: Mapping[str, Any]) -> bytes:
-    """`status` as of `GET /v1/status`, `row` the latest line of metrics.jsonl or empty; values that are None are left out."""
+    """`status` as of `GET /v1/status`, `row` the newest value of every metric; values that are None are left out."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Snapshot([*_run(status), *_actors(status["actors"]), *_groups(status["accounting"]), *_row(row)]))
     return generate_latest(registry)
@@ -96,7 +96,7 @@ def _groups(accounting: Mapping[str, Any]) -> Iterator[Metric]:
 
 def _row(row: Mapping[str, Any]) -> Iterator[Metric]:
     """Each slash-named metric under its own name; the divergences as two metrics with labels."""
-    divergence = GaugeMetricFamily("ftb_llm_divergence", "What the latest step says of each divergence.", labels=["name", "quantity"])
+    divergence = GaugeMetricFamily("ftb_llm_divergence", "What the latest step that has it says of each divergence.", labels=["name", "quantity"])
     cosine = GaugeMetricFamily("ftb_llm_divergence_cosine", "Cosine of the weights that two divergences give to the latest step.", labels=["a", "b"])
     for name, value in row.items():
         number = _number(value)

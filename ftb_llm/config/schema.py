@@ -232,8 +232,8 @@ class Actors(Section):
     kv_cache_gib: float = Fixed(1.0, "Memory for the key-value cache of a CPU engine, in GiB.", gt=0)
     gpu_memory_utilization: float = Fixed(0.85, "Share of each GPU that its engine takes.", gt=0, le=1)
     push_every_steps: int = Live(1, "Steps between published adapters.", ge=1, lt=2**31)
-    push_timeout_seconds: float = Live(60.0, "A push that takes longer counts as failed.", gt=0)
-    push_retry_seconds: float = Live(2.0, "Wait before a failed push is tried again.", gt=0)
+    push_timeout_seconds: float = Live(60.0, "A push that takes longer takes its generator out until it is answered.", ge=1)
+    push_retry_seconds: float = Live(2.0, "Wait before a failed push is tried again.", ge=0.1)
     canary_tolerance: float | None = Fixed(
         None, "Largest difference allowed between engine and learner on the canary's summed log-prob; null is 1e-3 in float32 and 1 in bfloat16.", gt=0
     )

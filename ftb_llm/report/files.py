@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ftb_llm.errors import SetupError
-from ftb_llm.run_dir import read_lines
+from ftb_llm.line_file import read_rows
+from ftb_llm.run_dir import EVENTS, METRICS, damage_text
 
 Row = dict[str, Any]
 Point = tuple[float, float]
@@ -39,13 +40,15 @@ class RunFiles:
 def read_run(run_dir: Path) -> RunFiles:
     if not run_dir.is_dir():
         raise SetupError(f"run folder {run_dir} does not exist")
+    rows, bad_rows = _rows(run_dir / METRICS, needs="step")
+    events, bad_events = _rows(run_dir / EVENTS, needs="kind")
     return RunFiles(
         name=run_dir.resolve().name,
         config=_json(run_dir / "config.json"),
         versions=_versions(run_dir / "run.db"),
         summary=_json(run_dir / "summary.json"),
-        rows=_lines(run_dir / "metrics.jsonl"),
-        events=_lines(run_dir / "events.jsonl"),
+        rows=rows,
+        events=[*events, *(_warning(text, rows, events) for text in (bad_rows, bad_events) if text)],
         first=_json(run_dir / "eval" / "first.json"),
         last=_json(run_dir / "eval" / "last.json"),
     )
@@ -85,8 +88,14 @@ def _versions(path: Path) -> list[Row]:
     ]
 
 
-def _lines(path: Path) -> list[Row]:
-    try:
-        return list(read_lines(path))
-    except ValueError as error:
-        raise SetupError(f"{path} has a line that is not JSON: {error}") from None
+def _rows(path: Path, *, needs: str) -> tuple[list[Row], str | None]:
+    """The rows, and in words which lines are none."""
+    damaged: list[int] = []
+    rows = list(read_rows(path, needs=needs, damaged=damaged))
+    return rows, damage_text(path.name, damaged) if damaged else None
+
+
+def _warning(message: str, rows: Sequence[Row], events: Sequence[Row]) -> Row:
+    """What was skipped stands among the run's own warnings, at its end."""
+    step = rows[-1]["step"] if rows else 0
+    return {"kind": "warning", "step": step, "time": events[-1]["time"] if events else 0.0, "message": message}

@@ -12,10 +12,12 @@ from fastapi import FastAPI
 
 from ftb_llm.api import prometheus
 from ftb_llm.api.app import create_app
+from ftb_llm.api.connection import Limits
 from ftb_llm.api.server import serve
 from ftb_llm.config import build_config
 from ftb_llm.config.ledger import ConfigLedger, ConfigVersion
 from ftb_llm.errors import WrongState
+from tests.fakes import make_state, make_status
 
 DEADLINE_SECONDS = 20
 
@@ -24,7 +26,7 @@ class FakeRun:
     """A run that stands still at step 11; what the control plane asks of it is recorded."""
 
     def __init__(self) -> None:
-        self.step = 11
+        self.step = 0
         self.state = "training"
         self.cause: str | None = None
         self.broken = False
@@ -35,49 +37,13 @@ class FakeRun:
         self.commands: list[tuple[str, str]] = []
         self.changes: list[ConfigVersion] = []
         self.ledger = ConfigLedger(build_config({"run": {"max_steps": 50}}), next_step=lambda: self.step + 1, on_change=self.changes.append)
+        self.step = 11
 
     def status(self) -> dict[str, Any]:
         if self.broken:
             raise KeyError("a secret of the inside")
-        return {
-            "run": "fake",
-            "state": self.state,
-            "step": self.step,
-            "max_steps": self.ledger.current.config.run.max_steps,
-            "policy_version": 8,
-            "config_version": self.ledger.current.version,
-            "objective": {"kind": "ftb", "divergence": "reverse_kl", "alpha": None, "beta": 0.5, "tempered": False},
-            "actors": [
-                {
-                    "name": "generator-0",
-                    "state": "ready",
-                    "version": 8,
-                    "push_pause_ms": 91.5,
-                    "groups_in_flight": 8,
-                    "tokens_per_second": 900.0,
-                    "last_error": None,
-                },
-                {
-                    "name": "generator-1",
-                    "state": "out",
-                    "version": None,
-                    "push_pause_ms": None,
-                    "groups_in_flight": 0,
-                    "tokens_per_second": None,
-                    "last_error": "canary",
-                },
-            ],
-            "buffer": {"groups": 3, "capacity": 32},
-            "staleness": {"mean": 2.5, "max": 4, "min": 1, "limit": None},
-            "throughput": {"generate_tokens_per_second": 900.0, "learn_tokens_per_second": 800.0, "steps_per_second": None},
-            "divergences": self.divergences,
-            "reward": {"mean": 0.75},
-            "eval": {},
-            "accounting": {"generated": 20, "trained": 11, "dropped_stale": 1, "rejected": 2, "buffered": 3, "leased": 3, "reasons": {"too_old": 1, "nan": 2}},
-            "last_error": None,
-            "url": None,
-            "run_dir": "runs/fake",
-        }
+        status = make_status(make_state(step=self.step), self.ledger)
+        return status | {"state": self.state, "divergences": self.divergences}
 
     def not_ready_cause(self) -> str | None:
         return self.cause
@@ -92,14 +58,14 @@ class FakeRun:
         if self.state != "training":
             raise WrongState(f"no checkpoint while {self.state}")
         self.commands.append(("checkpoint", source))
-        return {"step": self.step + 1}
+        return {"after_step": self.step + 1}
 
     def metrics_text(self) -> bytes:
-        return prometheus.render(self.status(), {"step": self.step, "reward/mean": 0.75})
+        return prometheus.render(self.status(), make_state(step=self.step).last_values)
 
 
 @contextmanager
-def serving(app: FastAPI) -> Iterator[str]:
+def serving(app: FastAPI, *, limits: Limits | None = None) -> Iterator[str]:
     """The base URL of a real server in a thread of its own, on a free port."""
     urls: list[str] = []
     stops: list[Callable[[], object]] = []
@@ -107,7 +73,7 @@ def serving(app: FastAPI) -> Iterator[str]:
 
     async def main() -> None:
         stop = asyncio.Event()
-        async with serve(app, "127.0.0.1", 0) as url:
+        async with serve(app, "127.0.0.1", 0, limits=limits) as url:
             urls.append(url)
             loop = asyncio.get_running_loop()
             stops.append(lambda: loop.call_soon_threadsafe(stop.set))

@@ -23,7 +23,7 @@ def test_status(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--url", url]) == 0
     shown = capsys.readouterr().out
     assert "step         11/50\n" in shown
-    assert "generator-1  out, no version, 0 groups in flight, - tok/s\n" in shown
+    assert "generator-1  out, no version, 0 groups in flight, 0 tok/s\n" in shown
 
 
 def test_status_as_json_from_the_url_in_the_environment(url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ def test_it_reads_and_commands(url: str, run) -> None:
     with Client(url + "/") as client:
         assert client.status()["run"] == "fake"
         assert client.config()["config"]["run"]["max_steps"] == 50
-        assert client.checkpoint()["step"] == 12
+        assert client.checkpoint()["after_step"] == 12
         assert client.stop()["poll"] == "/v1/status"
     assert run.commands == [("checkpoint", "cli"), ("stop", "cli")]
 

@@ -11,7 +11,7 @@ def test_stop_is_accepted_once(http: httpx.Client, run) -> None:
 
 def test_checkpoint_is_accepted_while_training(http: httpx.Client, run) -> None:
     answer = http.post("/v1/control/checkpoint")
-    assert (answer.status_code, answer.json()["poll"], answer.json()["step"]) == (202, "/v1/status", 12)
+    assert (answer.status_code, answer.json()["poll"], answer.json()["after_step"]) == (202, "/v1/status", 12)
     run.state = "finished"
     refused = http.post("/v1/control/checkpoint")
     assert (refused.status_code, refused.json()["type"]) == (409, "urn:ftb-llm:problem:wrong-state")

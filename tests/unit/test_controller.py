@@ -17,7 +17,7 @@ from tests.fakes import FakeGenerator, FakeLearner, FakeProgress, FakeRewards, m
 SETTINGS = {
     "run": {"max_steps": 6},
     "sampling": {"group_size": 2},
-    "actors": {"groups_in_flight": 2, "push_every_steps": 2, "push_retry_seconds": 0.001},
+    "actors": {"groups_in_flight": 2, "push_every_steps": 2, "push_retry_seconds": 0.1},
     "buffer": {"capacity_groups": 4},
     "learner": {"groups_per_step": 2, "warmup_steps": 1},
     "eval": {"every_steps": 3},
@@ -37,7 +37,7 @@ class Run:
         config = build_config(settings)
         self.controller = Controller(
             config=config,
-            config_history=self.journal.configs(),
+            config_history=self.journal.past_configs(),
             run_dir=self.run_dir,
             journal=self.journal,
             prompts=PromptOrder([make_prompt(index) for index in range(5)], seed=0, shuffle=True),
@@ -118,7 +118,7 @@ async def test_a_patch_takes_effect_at_the_announced_step(tmp_path):
     (event,) = run.events("config_change")
     assert event["effective_step"] == 4 and event["changed"] == {"objective.divergence.name": ["reverse_kl", "hellinger"]}
     assert run.run_dir.read_json("config.json")["objective"]["divergence"]["name"] == "hellinger"
-    assert [version.version for version in run.journal.configs()] == [1, 2]
+    assert [change.version for change in run.journal.past_configs().changes] == [1, 2]
 
 
 async def test_a_rejected_group_is_counted_and_the_run_goes_on(tmp_path):
@@ -198,10 +198,24 @@ async def test_a_step_that_fails_gives_its_groups_back(tmp_path):
 async def test_readiness_names_what_it_waits_for(tmp_path):
     run = Run(tmp_path / "run")
     assert run.controller.not_ready_cause() == "the run is starting"
+    (generator,) = run.controller.state.generators
     run.controller.state.phase = Phase.TRAINING
+    generator.enter(GeneratorPhase.SERVING)
     assert run.controller.not_ready_cause() is None
     run.controller.state.last_progress -= 200
-    assert "waiting for groups; serving generators: none" in run.controller.not_ready_cause()
+    assert "no step for 200 s; waiting for groups; serving generators: generator-0" in run.controller.not_ready_cause()
+
+
+async def test_a_run_without_a_serving_generator_is_not_ready_at_once(tmp_path):
+    run = Run(tmp_path / "run", generators=[FakeGenerator("generator-0"), FakeGenerator("generator-1")])
+    first, second = run.controller.state.generators
+    run.controller.state.phase = Phase.TRAINING
+    first.enter(GeneratorPhase.OUT, "canary failed at version 4")
+    second.enter(GeneratorPhase.SERVING)
+    assert run.controller.not_ready_cause() is None
+    second.enter(GeneratorPhase.DEAD, "engine died")
+    cause = "no generator serves; generator-0 is out: canary failed at version 4; generator-1 is dead: engine died"
+    assert run.controller.not_ready_cause() == cause
 
 
 async def test_a_failed_audit_is_a_warning_about_a_run_that_is_saved(tmp_path):

@@ -46,7 +46,7 @@ async def test_a_good_push_puts_the_generator_into_service():
 
 async def test_a_failed_canary_takes_the_generator_out_until_a_push_succeeds():
     port, state, events, newest = FakeGenerator(bad_pushes=2), GeneratorState(name="generator-0"), Events(), NewestAdapter()
-    config = build_config({"actors": {"push_retry_seconds": 0.001}})
+    config = build_config({"actors": {"push_retry_seconds": 0.1}})
     await newest.publish(make_adapter(4), b"")
     loop = asyncio.ensure_future(deliver_forever(port, state, newest, lambda: config, events))
     await until(lambda: state.phase is GeneratorPhase.OUT)

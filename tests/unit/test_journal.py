@@ -3,7 +3,7 @@ import sqlite3
 import pytest
 
 from ftb_llm.config import Config, build_config
-from ftb_llm.config.ledger import ConfigVersion
+from ftb_llm.config.ledger import ConfigVersion, PastVersions
 from ftb_llm.journal import Journal
 from ftb_llm.types import GroupState
 from tests.fakes import make_group, make_scored
@@ -56,4 +56,8 @@ def test_config_versions_come_back_as_they_were(tmp_path):
     second = ConfigVersion(version=2, config=changed, effective_step=8, source="rest", changed={"objective.beta": (0.5, 0.25)}, time=2.5)
     journal.add_config(first)
     journal.add_config(second)
-    assert journal.configs() == [first, second]
+    assert journal.past_configs() == PastVersions(changes=[first.change, second.change], config=changed)
+
+
+def test_a_run_without_versions_has_no_past(tmp_path):
+    assert Journal(tmp_path / "run.db").past_configs() is None

@@ -3,6 +3,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from ftb_llm.api.prometheus import render
+from tests.fakes import FakeLearner, make_run
 
 STATUS: dict[str, Any] = {
     "run": 'a "quoted" run',
@@ -94,3 +95,20 @@ def test_before_the_first_step_there_is_no_row() -> None:
     found = samples({**STATUS, "actors": [], "accounting": {**STATUS["accounting"], "reasons": {}}}, {})
     assert found[labelled("step")] == 12
     assert not any(name in ("ftb_llm_divergence", "ftb_llm_divergence_cosine", "ftb_llm_actor_version", "ftb_llm_groups_lost_total") for name, _ in found)
+
+
+async def test_a_real_run_shows_the_newest_value_of_every_metric(tmp_path) -> None:
+    """The exact numbers are in one row of three here, and in every scrape."""
+    settings = {
+        "run": {"max_steps": 5},
+        "sampling": {"group_size": 2},
+        "buffer": {"capacity_groups": 4},
+        "learner": {"groups_per_step": 2},
+        "eval": {"every_steps": 3},
+    }
+    scraped: list[str] = []
+    run = make_run(tmp_path / "run", settings, learner=FakeLearner(lambda request: scraped.append(run.metrics_text().decode())))
+    await run.run()
+    found = [[line.split()[1] for line in text.splitlines() if line.startswith("ftb_llm_eval_exact_tv ")] for text in scraped]
+    assert found == [["0.8"], ["0.8"], ["0.8"], ["0.2"], ["0.2"]]
+    assert "ftb_llm_reward_mean 0.5" in run.metrics_text().decode().splitlines()

@@ -23,6 +23,8 @@ _PATCH_PROBLEMS = (
     "unsupported-media-type",
     "invalid-config",
     "precondition-required",
+    "not-recorded",
+    "disk-full",
 )
 
 

@@ -20,4 +20,4 @@ async def stop(run: Run, source: Source) -> Accepted:
 async def checkpoint(run: Run, source: Source) -> Accepted:
     """Writes a checkpoint at the next step boundary."""
     details = run.request_checkpoint(source)
-    return Accepted(**{"action": "checkpoint", "poll": "/v1/status", "until": "step has passed the next boundary", **details})
+    return Accepted(**{"action": "checkpoint", "poll": "/v1/status", "until": "last_checkpoint is at least after_step", **details})
