@@ -52,8 +52,8 @@ def problems(honest: HonestClient) -> list[str | None]:
 def test_headers_without_end_take_no_memory(besieged: tuple[str, str | None], headers: str) -> None:
     outcome, grown_mb, honest = attack(*besieged, headers, seconds=3, megabytes=60)
     assert outcome is not None, f"broken off: the server grew by {grown_mb:.0f} MB"
-    assert outcome.closed == outcome.opened > 3
-    assert outcome.most_bytes < 5 * MEGABYTE  # what the sockets' own buffers took, too
+    assert outcome.closed >= outcome.opened - 1 > 3  # the last one ends with the attack
+    assert outcome.most_bytes < 10 * MEGABYTE  # what is thrown away, and what the sockets' own buffers took
     assert grown_mb < MOST_MB
     assert problems(honest) == [] and len(honest.asked) > 10
 
