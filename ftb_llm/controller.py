@@ -101,7 +101,7 @@ class Controller:
         )
         self._stop = asyncio.Event()
         self._all_dead = asyncio.Event()
-        self._checkpoint_wanted = False
+        self._checkpoint_after: int | None = None  # the step after which somebody wants one
         self._published = False
         self._last_step_end = time.monotonic()
         self.facts: dict[str, Any] = {}  # measured once per run, for summary.json
@@ -128,8 +128,8 @@ class Controller:
     def request_checkpoint(self, source: str) -> dict[str, Any]:
         if self.state.phase is not Phase.TRAINING:
             raise WrongState(f"the run is {self.state.phase.value}; a checkpoint can be asked for while it trains")
-        self._checkpoint_wanted = True
-        return {"after_step": self.state.step + 1}
+        self._checkpoint_after = min(self.state.step + 1, self._config().run.max_steps)
+        return {"after_step": self._checkpoint_after}
 
     # -- the run
 
@@ -270,7 +270,8 @@ class Controller:
         last = step >= self._config().run.max_steps or self._stop.is_set()
         if last or step % config.actors.push_every_steps == 0:
             await self._publish()
-        if self._checkpoint_wanted or step % config.checkpoint.every_steps == 0:
+        wanted = self._checkpoint_after is not None and step >= self._checkpoint_after
+        if wanted or step % config.checkpoint.every_steps == 0:
             await self._checkpoint()
         if last or step % config.eval.every_steps == 0:
             return await self._evaluate(config.objective.beta)
@@ -294,7 +295,8 @@ class Controller:
 
     async def _checkpoint(self) -> None:
         """Save the present step, unless it is saved already."""
-        self._checkpoint_wanted = False
+        if self._checkpoint_after is not None and self.state.step >= self._checkpoint_after:
+            self._checkpoint_after = None
         if self.state.last_checkpoint == self.state.step:
             return
         path = await self._learner.save_checkpoint(self.state.step)

@@ -52,15 +52,15 @@ async def deliver(
     A push that takes too long goes on in its actor. Until it is answered nothing else is sent there: this call then waits
     for that answer, which counts however late it comes.
     """
-    is_late = state.unanswered is not None
+    told = state.unanswered is not None and state.phase is GeneratorPhase.OUT
     if state.unanswered is None:
-        state.unanswered = asyncio.ensure_future(_send(port, adapter, payload))
+        state.unanswered = asyncio.create_task(_send(port, adapter, payload), name=f"push of version {adapter.version}")
     answer = state.unanswered
     await asyncio.wait({answer}, timeout=timeout_seconds)
     if not answer.done():
-        if not is_late:
+        if not told:
             limit = f"actors.push_timeout_seconds = {timeout_seconds:g}"
-            _take_out(state, adapter, f"push of version {adapter.version} took longer than {limit}", emit, same="late")
+            _take_out(state, adapter, f"{answer.get_name()} took longer than {limit}", emit, same="late")
         return None
     state.unanswered = None
     try:
@@ -69,7 +69,7 @@ async def deliver(
         bury(state, error, emit)
         return None
     except Exception as error:  # noqa: BLE001 - the supervisor's boundary: whatever broke, this generator is out and the run goes on
-        _take_out(state, adapter, f"push of version {adapter.version} failed: {error}", emit, same=str(error))
+        _take_out(state, adapter, f"{answer.get_name()} failed: {error}", emit, same=str(error))
         return None
     return _judged(state, adapter, report, emit)
 

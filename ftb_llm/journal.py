@@ -198,12 +198,13 @@ class _Transaction:
         self._db.execute("BEGIN IMMEDIATE")
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        """A full disk may refuse the commit and leave the rest to us, or may have ended the transaction already."""
         try:
-            self._db.execute("COMMIT" if error_type is None else "ROLLBACK")
-        except sqlite3.Error:
-            if self._db.in_transaction:  # a full disk may refuse the commit and leave the rest to us
+            if error_type is None:
+                self._db.execute("COMMIT")
+        finally:
+            if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
-            raise
 
 
 def check_books(path: Path) -> None:

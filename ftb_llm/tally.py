@@ -144,8 +144,4 @@ class EventTally:
 
 def divergence_steps(versions: Iterable[Row]) -> set[int]:
     """Where a changed config puts a member into force; `versions` have `changed` and `effective_step`."""
-    return {
-        version["effective_step"]
-        for version in versions
-        if any(key.startswith("objective.divergence.") for key in version["changed"])
-    }
+    return {version["effective_step"] for version in versions if any(key.startswith("objective.divergence.") for key in version["changed"])}

@@ -8,16 +8,22 @@ from starlette.requests import Request
 from ftb_llm.api.problems import Refused
 
 MAX_BODY_BYTES = 64 * 1024
+JSON_TYPES = ("application/merge-patch+json", "application/json")
 # `curl -d` labels every body as a form unless told otherwise, so that label means JSON here; so does none at all.
-JSON_TYPES = ("", "application/json", "application/merge-patch+json", "application/x-www-form-urlencoded")
+_TAKEN_FOR_JSON = ("", *JSON_TYPES, "application/x-www-form-urlencoded")
 
 
 async def read_json(request: Request) -> Any:
     """The body as JSON; raises `Refused` for a wrong media type, a body that is too large, or broken JSON."""
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding != "identity":
+        raise Refused(
+            "unsupported-media-type", f"Content-Encoding {encoding} is not supported; send the body as it is", headers={"Accept-Encoding": "identity"}
+        )
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type not in JSON_TYPES:
-        detail = f"{media_type} is not supported; send application/merge-patch+json or application/json"
-        raise Refused("unsupported-media-type", detail, headers={"Accept-Patch": "application/merge-patch+json, application/json"})
+    if media_type not in _TAKEN_FOR_JSON:
+        detail = f"{media_type} is not supported; send {' or '.join(JSON_TYPES)}"
+        raise Refused("unsupported-media-type", detail, headers={"Accept-Patch": ", ".join(JSON_TYPES)})
     body = bytearray()
     async for chunk in request.stream():
         body += chunk

@@ -43,8 +43,14 @@ class Client:
         """`{"version": ..., "config": {...}}`"""
         return self._document("GET", "/v1/config")
 
-    def history(self) -> list[dict[str, Any]]:
-        versions: list[dict[str, Any]] = self._document("GET", "/v1/config/history")["versions"]
+    def history(self, *, since: int = 0) -> list[dict[str, Any]]:
+        """All versions above `since`, oldest first; as many requests as the server wants."""
+        versions: list[dict[str, Any]] = []
+        after: int | None = since
+        while after is not None:
+            page = self._document("GET", "/v1/config/history", params={"since": after, "limit": 1000})
+            versions += page["versions"]
+            after = page["next"]
         return versions
 
     def patch(self, patch: dict[str, Any]) -> dict[str, Any]:

@@ -32,6 +32,16 @@ class Problem(BaseModel):
     current_etag: str | None = Field(default=None, description="On 412: the ETag to read and retry with.")
 
 
+class Index(BaseModel):
+    """What is served here."""
+
+    service: Literal["ftb_llm control plane"] = "ftb_llm control plane"
+    version: str
+    docs: str = "/docs"
+    openapi: str = "/openapi.json"
+    status: str = "/v1/status"
+
+
 class Health(BaseModel):
     """The process answers."""
 
@@ -171,14 +181,16 @@ class ConfigHistoryItem(BaseModel):
 
     version: int
     effective_step: int
-    source: str = Field(description="start, resume, rest, cli.")
+    source: str = Field(description="start, resume, cli or rest; the last two by what the client's User-Agent claims to be.")
     time: float = Field(description="Unix time.")
     changed: dict[str, tuple[Any, Any]]
 
 
 class ConfigHistory(BaseModel):
-    """All versions, oldest first."""
+    """Some of the versions, oldest first."""
 
+    total: int = Field(description="How many there are, and so the newest one's number.")
+    next: int | None = Field(description="`since` of the request that goes on from here; null when the newest version is among these.")
     versions: list[ConfigHistoryItem]
 
 

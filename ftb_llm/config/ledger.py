@@ -149,13 +149,14 @@ class ConfigLedger:
         Versions that never governed a step (replaced before it came, or of a future that a resume abandoned) don't count.
         """
         member, end = self._entries[self._position_at(step)].divergence.first, step + 1
+        known: Divergence | None = None  # in force since `end`; what held at a later step holds at an earlier one
         for entry in reversed(self._entries):
             effective_step, divergence = entry.change.effective_step, entry.divergence
             if effective_step >= end:
                 continue
-            if divergence.first != member or divergence.scheduled(end - 1) is not None:
+            if divergence is not known and (divergence.first != member or divergence.scheduled(end - 1) is not None):
                 break
-            end = effective_step
+            known, end = divergence, effective_step
         return min(end, step)
 
     def patch(self, merge_patch: Any, *, if_match: str, source: str) -> ConfigVersion:

@@ -24,6 +24,14 @@ def test_a_patch_names_its_source(url: str, run) -> None:
         assert [version["source"] for version in client.history()] == ["start", "cli"]
 
 
+def test_the_history_is_whole_however_long(url: str, run) -> None:
+    for number in range(1100):
+        run.ledger.patch({"run": {"max_steps": 1000 + number}}, if_match="*", source="rest")
+    with Client(url) as client:
+        assert [version["version"] for version in client.history()] == list(range(1, 1102))
+        assert [version["version"] for version in client.history(since=1099)] == [1100, 1101]
+
+
 def test_ready_and_its_cause(url: str, run) -> None:
     with Client(url) as client:
         assert client.ready()

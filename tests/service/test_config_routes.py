@@ -58,6 +58,34 @@ def test_the_history_tells_who_changed_what(http: httpx.Client) -> None:
     assert second["time"] >= first["time"]
 
 
+def test_the_history_comes_in_pages(http: httpx.Client, run) -> None:
+    for number in range(1, 25):
+        run.ledger.patch({"objective": {"beta": number / 100}}, if_match="*", source="rest")
+
+    def page(**query: int) -> tuple[list[int], int | None]:
+        answer = http.get("/v1/config/history", params=query).json()
+        assert answer["total"] == 25
+        return [item["version"] for item in answer["versions"]], answer["next"]
+
+    assert page() == (list(range(1, 26)), None)
+    assert page(limit=3) == ([23, 24, 25], None), "the newest"
+    assert page(limit=3, since=0) == ([1, 2, 3], 3)
+    assert page(limit=3, since=3) == ([4, 5, 6], 6)
+    assert page(since=24) == ([25], None)
+    assert page(since=25) == page(since=1000) == ([], None)
+    for query in ({"limit": 0}, {"limit": 1001}, {"since": -1}, {"since": 2**31}, {"limit": "many"}):
+        answer = http.get("/v1/config/history", params=query)
+        assert (answer.status_code, answer.json()["type"]) == (422, "urn:ftb-llm:problem:invalid-request")
+
+
+def test_a_long_history_costs_no_more_than_a_page(http: httpx.Client, run) -> None:
+    for number in range(300):
+        run.ledger.patch({"objective": {"beta": 0.1 + number / 1000}}, if_match="*", source="rest")
+    answer = http.get("/v1/config/history")
+    assert (len(answer.json()["versions"]), answer.json()["versions"][-1]["version"], answer.json()["total"]) == (100, 301, 301)
+    assert len(answer.content) < 20_000
+
+
 def test_if_match_is_required(http: httpx.Client, run) -> None:
     problem = assert_problem(send(http, PATCH, if_match=None), 428, "precondition-required")
     assert run.ledger.etag in problem["detail"]
@@ -160,6 +188,16 @@ def test_the_size_limit_is_64_kib(http: httpx.Client) -> None:
     assert send(http, room + b" " * (64 * 1024 - len(room))).status_code == 200
     assert_problem(send(http, room + b" " * (64 * 1024 - len(room) + 1)), 413, "body-too-large")
     assert_problem(send(http, b" " * 2_000_000), 413, "body-too-large")
+
+
+@pytest.mark.parametrize(("encoding", "status"), [("gzip", 415), ("br, gzip", 415), ("identity", 200), ("Identity", 200)])
+def test_an_encoded_body_is_refused(http: httpx.Client, run, encoding: str, status: int) -> None:
+    headers = {"If-Match": "*", "Content-Type": "application/json", "Content-Encoding": encoding}
+    answer = http.patch("/v1/config", content=json.dumps(PATCH).encode(), headers=headers)
+    assert answer.status_code == status
+    if status == 415:
+        assert "Content-Encoding" in assert_problem(answer, 415, "unsupported-media-type")["detail"]
+        assert run.changes == []
 
 
 def test_other_media_types_are_refused(http: httpx.Client) -> None:

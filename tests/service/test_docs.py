@@ -24,8 +24,28 @@ def test_openapi_tells_the_truth_about_errors(http: httpx.Client) -> None:
                     assert response["content"] == problem, (path, method, code)
     assert {"400", "409", "412", "413", "415", "422", "428"} <= set(openapi["paths"]["/v1/config"]["patch"]["responses"])
     assert "503" in openapi["paths"]["/readyz"]["get"]["responses"]
+    for path, methods in openapi["paths"].items():
+        for operation in methods.values():
+            assert {"400", "403", "408", "421", "431"} <= set(operation["responses"]), path
     assert "HTTPValidationError" not in str(openapi)
     assert "securitySchemes" not in openapi["components"]
+
+
+def test_openapi_says_what_a_patch_needs_and_may_hold(http: httpx.Client) -> None:
+    openapi = http.get("/openapi.json").json()
+    patch = openapi["paths"]["/v1/config"]["patch"]
+    assert [(item["name"], item["in"], item["required"]) for item in patch["parameters"]] == [("If-Match", "header", True)]
+    assert set(patch["requestBody"]["content"]) == {"application/merge-patch+json", "application/json"}
+    for media in patch["requestBody"]["content"].values():
+        assert media["schema"] == {"$ref": "#/components/schemas/ConfigPatch"}
+    schema = http.get("/v1/config/schema").json()
+    assert openapi["components"]["schemas"]["ConfigPatch"] == {name: value for name, value in schema.items() if name != "$schema"}
+
+
+def test_the_index_leads_to_the_documents(http: httpx.Client) -> None:
+    index = http.get("/").json()
+    for name in ("docs", "openapi", "status"):
+        assert http.get(index[name]).status_code == 200
 
 
 def test_openapi_names_the_token(guarded: httpx.Client) -> None:

@@ -1,7 +1,8 @@
 import asyncio
 
 from ftb_llm.config import build_config
-from ftb_llm.delivery import NewestAdapter, deliver, deliver_forever
+from ftb_llm.delivery import NewestAdapter, abandon, catch_up, deliver, deliver_forever
+from ftb_llm.errors import ProcessDied
 from ftb_llm.state import GeneratorPhase, GeneratorState
 from tests.fakes import FakeGenerator, make_adapter
 
@@ -67,6 +68,89 @@ async def test_a_push_that_hangs_is_given_up_and_named():
     assert await deliver(Hanging(), state, make_adapter(1), b"", timeout_seconds=0.01, emit=events) is None
     assert state.phase is GeneratorPhase.OUT
     assert "actors.push_timeout_seconds = 0.01" in events.messages[0]
+    await abandon(state)
+    assert state.unanswered is None
+
+
+class Slow(FakeGenerator):
+    """Answers a push when it is let go, and counts how many it holds at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.let_go = asyncio.Event()
+        self.held = 0
+        self.most_held = 0
+        self.fault: Exception | None = None
+
+    async def push(self, adapter, payload):
+        self.held += 1
+        self.most_held = max(self.held, self.most_held)
+        await self.let_go.wait()
+        self.held -= 1
+        if self.fault is not None:
+            raise self.fault
+        return await super().push(adapter, payload)
+
+
+async def test_no_push_is_sent_while_one_is_unanswered_and_its_late_success_counts():
+    port, state, events, newest = Slow(), GeneratorState(name="generator-0"), Events(), NewestAdapter()
+    await newest.publish(make_adapter(4), b"")
+    for _ in range(50):
+        assert await deliver(port, state, make_adapter(4), b"", timeout_seconds=0.001, emit=events) is None
+    assert (port.most_held, state.phase) == (1, GeneratorPhase.OUT)
+    assert events.kinds == ["push_failed", "actor_out"]
+
+    await newest.publish(make_adapter(8), b"")
+    loop = asyncio.ensure_future(deliver_forever(port, state, newest, lambda: build_config({}), events))
+    port.let_go.set()
+    await until(lambda: state.version == 8)
+    loop.cancel()
+    assert port.pushed == [4, 8] and port.most_held == 1
+    assert events.kinds == ["push_failed", "actor_out", "push", "actor_back", "push"]
+
+
+async def test_a_settings_change_can_not_pile_pushes_up():
+    """The smallest timeout and retry that the config allows, against an actor that needs longer."""
+    config = build_config({"actors": {"push_timeout_seconds": 1, "push_retry_seconds": 0.1}})
+    port, state, events, newest = Slow(), GeneratorState(name="generator-0"), Events(), NewestAdapter()
+    await newest.publish(make_adapter(4), b"")
+    loop = asyncio.ensure_future(deliver_forever(port, state, newest, lambda: config, events))
+    await asyncio.sleep(2.5)
+    assert port.most_held == 1 and events.kinds == ["push_failed", "actor_out"]
+    port.let_go.set()
+    await until(lambda: state.phase is GeneratorPhase.SERVING)
+    loop.cancel()
+    assert port.pushed == [4]
+
+
+async def test_a_late_failure_is_tried_again_and_a_late_death_is_one():
+    port, state, events = Slow(), GeneratorState(name="generator-0"), Events()
+    await deliver(port, state, make_adapter(4), b"", timeout_seconds=0.001, emit=events)
+    port.fault = RuntimeError("no such engine")
+    port.let_go.set()
+    await deliver(port, state, make_adapter(8), b"", timeout_seconds=1, emit=events)
+    assert "failed: no such engine" in events.messages[-1] and state.unanswered is None
+
+    port.let_go.clear()
+    await deliver(port, state, make_adapter(8), b"", timeout_seconds=0.001, emit=events)
+    port.fault = ProcessDied("the actor is gone")
+    port.let_go.set()
+    await deliver(port, state, make_adapter(8), b"", timeout_seconds=1, emit=events)
+    assert state.phase is GeneratorPhase.DEAD
+
+
+async def test_catching_up_waits_for_the_answer_and_then_pushes_the_newest():
+    port, state, events = Slow(), GeneratorState(name="generator-0"), Events()
+    await deliver(port, state, make_adapter(4), b"", timeout_seconds=0.001, emit=events)
+    port.let_go.set()
+    await catch_up(port, state, make_adapter(8), b"", timeout_seconds=1, emit=events)
+    assert (port.pushed, state.version) == ([4, 8], 8)
+
+
+async def test_catching_up_ends_at_the_first_failure():
+    port, state, events = FakeGenerator(bad_pushes=9), GeneratorState(name="generator-0"), Events()
+    await catch_up(port, state, make_adapter(8), b"", timeout_seconds=1, emit=events)
+    assert port.pushed == [8] and state.phase is GeneratorPhase.OUT
 
 
 async def test_a_push_that_raises_is_named_and_tried_again():

@@ -1,6 +1,8 @@
+import gc
 import json
 import subprocess
 import sys
+import tracemalloc
 from contextlib import suppress
 from typing import Any
 
@@ -359,6 +361,63 @@ def test_any_json_is_a_version_or_one_of_the_announced_errors(patch: Any) -> Non
     assert [version.change for version in bench.changes] == list(bench.ledger.history()[1:])
     config = bench.ledger.current.config
     assert build_config(json.loads(json.dumps(config.model_dump(mode="json")))) == config
+
+
+def test_the_history_is_read_in_pages() -> None:
+    bench = Bench()
+    for number in range(9):
+        bench.patch({"objective": {"beta": 0.1 + number / 100}})
+    ledger = bench.ledger
+    assert ledger.count == 10
+    assert [change.version for change in ledger.history()] == list(range(1, 11))
+    assert [change.version for change in ledger.history(since=7)] == [8, 9, 10]
+    assert [change.version for change in ledger.history(since=3, limit=4)] == [4, 5, 6, 7]
+    assert ledger.history(since=10) == ledger.history(limit=0) == ()
+    pages = [ledger.history(since=since, limit=3) for since in (0, 3, 6, 9)]
+    assert tuple(change for page in pages for change in page) == ledger.history()
+
+
+def test_an_old_version_is_put_together_again_from_what_changed() -> None:
+    bench = Bench({"objective": {"divergence": {"schedule": SCHEDULE}}})
+    configs = {1: bench.ledger.current.config}
+    patches = [
+        {"objective": {"divergence": {"name": "tv", "width": 0.5, "schedule": []}}},
+        {"sampling": {"temperature": 0.5}, "objective": {"beta": 0.25}},
+        {"objective": {"divergence": RAMP}},
+        {"staleness": {"max_steps": 8}},
+        {"objective": {"divergence": {"name": "js", "schedule": [{"step": 90, "name": "tv"}]}}},
+        {"staleness": {"max_steps": None}},
+    ]
+    for step, patch in enumerate(patches, start=1):
+        bench.step = step
+        configs[step + 1] = bench.patch(patch).config
+    resumed = Bench(configs[7].model_dump(mode="json"), step=6, past=bench.ledger.past())
+    for ledger in (bench.ledger, resumed.ledger):
+        assert {step: ledger.at_step(step).config for step in configs} == configs
+        assert [ledger.objective_at(step).divergence for step in configs] == ["reverse_kl", "tv", "tv", "alpha", "alpha", "js", "js"]
+
+
+def test_thousands_of_versions_need_little_memory_and_time() -> None:
+    """A script that tunes something at every step; each whole config takes more than 10 kB."""
+    step = 0
+    ledger = ConfigLedger(
+        build_config({"run": {"max_steps": 2000}}), next_step=lambda: step + 1, on_change=lambda version: None
+    )
+
+    def patch_each_step(last: int) -> None:
+        nonlocal step
+        while step < last:
+            step += 1
+            ledger.patch({"objective": {"beta": 0.1 + step * 1e-6}}, if_match="*", source="test")
+
+    patch_each_step(20)
+    tracemalloc.start()
+    patch_each_step(520)
+    gc.collect()
+    grown, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert grown / 500 < 2000
+    assert ledger.at_step(300).config.objective.beta == 0.1 + 299 * 1e-6
 
 
 def test_the_ledger_imports_nothing_heavy() -> None:

@@ -2,19 +2,31 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 
 from ftb_llm.api.body import JSON_TYPES, read_json
 from ftb_llm.api.models import ConfigHistory, ConfigHistoryItem, ConfigPatched, CurrentConfig
 from ftb_llm.api.port import Run, Source
 from ftb_llm.api.problems import Refused, document
+from ftb_llm.api.settings_schema import settings_schema
 
 router = APIRouter(prefix="/v1", tags=["config"])
 
 _ETAG: dict[str, Any] = {"ETag": {"description": "Names this version, for If-Match.", "schema": {"type": "string"}}}
-_EXAMPLE = {"schema": {"type": "object", "example": {"objective": {"divergence": {"name": "hellinger"}}}}}
-_PATCH_BODY = {"requestBody": {"required": True, "content": {media_type: _EXAMPLE for media_type in JSON_TYPES if media_type}}}
+_PATCH = {"schema": {"$ref": "#/components/schemas/ConfigPatch"}, "example": {"objective": {"divergence": {"name": "hellinger"}}}}
+# Its absence has an answer of its own, 428, so FastAPI is not told that the header is required; clients are.
+_IF_MATCH = {
+    "name": "If-Match",
+    "in": "header",
+    "required": True,
+    "description": "The ETag of the version the patch is meant for, or * for any.",
+    "schema": {"type": "string"},
+    "example": "*",
+}
+_PATCH_REQUEST = {"parameters": [_IF_MATCH], "requestBody": {"required": True, "content": dict.fromkeys(JSON_TYPES, _PATCH)}}
+MOST_VERSIONS = 2**31 - 1
 _PATCH_PROBLEMS = (
+    "bad-request",
     "bad-json",
     "fixed-setting",
     "wrong-state",
@@ -38,13 +50,13 @@ async def read_config(run: Run, response: Response, if_none_match: Annotated[str
     return CurrentConfig(version=current.version, config=current.config.model_dump(mode="json"))
 
 
-@router.patch("/config", summary="Change live settings", responses={200: {"headers": _ETAG}, **document(*_PATCH_PROBLEMS)}, openapi_extra=_PATCH_BODY)
+@router.patch("/config", summary="Change live settings", responses={200: {"headers": _ETAG}, **document(*_PATCH_PROBLEMS)}, openapi_extra=_PATCH_REQUEST)
 async def patch_config(
     run: Run,
     source: Source,
     request: Request,
     response: Response,
-    if_match: Annotated[str | None, Header(description="The ETag of the version the patch is meant for, or * for any.")] = None,
+    if_match: Annotated[str | None, Header(include_in_schema=False)] = None,
 ) -> ConfigPatched:
     """A JSON merge patch (RFC 7386): name what changes; null puts a setting back to its default. It takes effect at `effective_step`."""
     if if_match is None:
@@ -56,15 +68,30 @@ async def patch_config(
     return ConfigPatched(config_version=after.version, effective_step=after.effective_step, changed={} if after is before else after.changed)
 
 
-@router.get("/config/history", summary="All versions of the config")
-async def config_history(run: Run) -> ConfigHistory:
+@router.get("/config/schema", summary="JSON Schema of the settings")
+async def config_schema() -> dict[str, Any]:
+    """What a patch may hold: each setting's type, default, limits and meaning, and whether it is live."""
+    return settings_schema()
+
+
+@router.get("/config/history", summary="The versions of the config")
+async def config_history(
+    run: Run,
+    since: Annotated[int | None, Query(ge=0, le=MOST_VERSIONS, description="Only versions above this one; without it the newest ones.")] = None,
+    limit: Annotated[int, Query(ge=1, le=1000, description="How many at most.")] = 100,
+) -> ConfigHistory:
     """Who changed what, when, and from which step on; oldest first."""
-    versions = run.ledger.history()
+    total = run.ledger.current.version
+    since = max(0, total - limit) if since is None else since
+    changes = run.ledger.history(since=since, limit=limit)
+    last = changes[-1].version if changes else total
     return ConfigHistory(
+        total=total,
+        next=last if last < total else None,
         versions=[
             ConfigHistoryItem(version=item.version, effective_step=item.effective_step, source=item.source, time=item.time, changed=item.changed)
-            for item in versions
-        ]
+            for item in changes
+        ],
     )
 
 

@@ -49,7 +49,7 @@ def _operation(path: str, method: str, operation: dict[str, Any]) -> Iterator[st
     for parameter in operation.get("parameters", []):
         yield f"<p>{escape(parameter['in'])} <code>{escape(parameter['name'])}</code> {escape(parameter.get('description', ''))}</p>"
     for media in list(operation.get("requestBody", {}).get("content", {}).values())[:1]:
-        yield f"<p>body, for example</p><pre>{escape(json.dumps(media['schema'].get('example', {})))}</pre>"
+        yield f"<p>body, for example</p><pre>{escape(json.dumps(media.get('example', {})))}</pre>"
     yield "<table>"
     for status, response in sorted(operation["responses"].items()):
         yield f"<tr><td><code>{escape(status)}</code><td>{escape(response['description'])}<td>{_linked(response)}"
