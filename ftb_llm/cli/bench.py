@@ -1,4 +1,4 @@
-"""`ftb-llm bench ...`: measure staleness, divergences, the cost of the losses, the quickstart, and the learner's step: beside others, on ranks, on a GPU."""
+"""`ftb-llm bench ...`: measure staleness, divergences, the cost of the losses, the quickstart, the learner's step, and a run under attack."""
 
 import argparse
 import json
@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftb_llm.bench.attacks import ATTACKS
 from ftb_llm.bench.spec import BASELINES, MEMBERS, SET_IN_RUNS, SET_IN_TRIALS, TASK_SETTINGS, check_words
 from ftb_llm.bench.step_cases import CASES, COMPILED, CONTENDERS, RANK_CASES, SIZES
 from ftb_llm.cli.command import Command, UsageError, add_json, print_json, print_table
@@ -67,6 +68,15 @@ def configure_ranks(parser: argparse.ArgumentParser) -> None:
 def configure_gpu(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=_positive, default=5, metavar="N", help="timed steps (default: 5)")
     parser.add_argument("--out", type=Path, default=Path("bench/gpu"), metavar="DIR", help="folder of the results (bench/gpu)")
+    add_json(parser)
+
+
+def configure_siege(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="settings of both runs")
+    parser.add_argument("--config", default="configs/quickstart.yaml", metavar="FILE", help="default: configs/quickstart.yaml")
+    parser.add_argument("--attacks", type=_names, default=list(ATTACKS), metavar="LIST", help=f"default: {','.join(ATTACKS)}")
+    parser.add_argument("--megabytes", type=_positive, default=200, metavar="N", help="of headers that an attacker tries to send (default: 200)")
+    parser.add_argument("--out", type=Path, default=Path("bench/siege"), metavar="DIR", help="folder of the results (bench/siege)")
     add_json(parser)
 
 
@@ -160,6 +170,22 @@ def run_gpu(args: argparse.Namespace) -> int:
 
     found = measure(CASE, VOCABULARIES, steps=args.steps, threads=core_count(), model=built_model, call=in_its_process, say=_say)
     _publish(args, found, gpu_tables(found), None)
+    return 0
+
+
+def run_siege(args: argparse.Namespace) -> int:
+    for attack in args.attacks:
+        if attack not in ATTACKS:
+            raise UsageError(f"argument --attacks: {attack} is no attack; the attacks are {', '.join(ATTACKS)}")
+    from ftb_llm.bench.siege import measure, siege_tables
+    from ftb_llm.config.load import build_config, merge, parse_override, read_yaml
+
+    tree = read_yaml(args.config)
+    for word in args.words:
+        tree = merge(tree, parse_override(word))
+    build_config(tree)  # what is wrong with it is said before anything starts
+    found = measure([args.config, *args.words], attacks=args.attacks, megabytes=args.megabytes, say=_say)
+    _publish(args, found, siege_tables(found), None)
     return 0
 
 
@@ -303,5 +329,14 @@ COMMANDS = (
         "with peak memory, and the head and the attention beside others. Needs a CUDA device. Writes rows.json and table.md.",
         configure=configure_gpu,
         run=run_gpu,
+    ),
+    Command(
+        name="bench siege",
+        help="a live run under attack over HTTP: its memory, its step rate, an honest client",
+        description="Starts the quickstart twice, without a token and with one, and attacks its port from this machine: headers without end, "
+        "idle connections, slow ones. Compares memory and step rate with the quiet stretches around each attack, and counts what failed for an "
+        "honest client. Ends by itself within six minutes. Writes rows.json and table.md.",
+        configure=configure_siege,
+        run=run_siege,
     ),
 )

@@ -85,6 +85,7 @@ def test_bench_alone_lists_its_commands(words: list[str], code: int, capsys: pyt
         "bench learner",
         "bench ranks",
         "bench gpu",
+        "bench siege",
     ]
     assert printed.err == ""
 
@@ -107,6 +108,8 @@ def test_tables_follow_the_request_and_lags_rise(asked: list[TrialSpec], tmp_pat
     ("words", "message"),
     [
         (["bench", "speed"], "no command 'bench speed'; see ftb-llm bench --help"),
+        (["bench", "siege", "--attacks", "flood"], "argument --attacks: flood is no attack; the attacks are headers, one-header, idle, slow"),
+        (["bench", "siege", "objective.bet=1"], "objective.bet: unknown setting; did you mean objective.beta?"),
         (["bench", "ranks", "--size", "huge"], "argument --size: huge is no size; the sizes are tiny, small, large"),
         (["bench", "ranks", "--ranks", "1,9"], "argument --ranks: 9 is wrong: a step has 8 groups to share, so it should be 1 to 8"),
         (["bench", "ranks", "--ranks", "0"], "argument --ranks: 0 is wrong: a step has 8 groups to share, so it should be 1 to 8"),
