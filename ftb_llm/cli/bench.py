@@ -335,7 +335,7 @@ COMMANDS = (
         help="a live run under attack over HTTP: its memory, its step rate, an honest client",
         description="Starts the quickstart twice, without a token and with one, and attacks its port from this machine: headers without end, "
         "idle connections, slow ones. Compares memory and step rate with the quiet stretches around each attack, and counts what failed for an "
-        "honest client. Ends by itself within six minutes. Writes rows.json and table.md.",
+        "honest client. Ends by itself within ten minutes. Writes rows.json and table.md.",
         configure=configure_siege,
         run=run_siege,
     ),

@@ -107,7 +107,7 @@ def test_tables_follow_the_request_and_lags_rise(asked: list[TrialSpec], tmp_pat
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["bench", "speed"], "no command 'bench speed'; see ftb-llm bench --help"),
+        (["bench", "chess"], "no command 'bench chess'; see ftb-llm bench --help"),
         (["bench", "siege", "--attacks", "flood"], "argument --attacks: flood is no attack; the attacks are headers, one-header, idle, slow"),
         (["bench", "siege", "objective.bet=1"], "objective.bet: unknown setting; did you mean objective.beta?"),
         (["bench", "ranks", "--size", "huge"], "argument --size: huge is no size; the sizes are tiny, small, large"),
