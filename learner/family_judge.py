@@ -7,11 +7,16 @@ as a step computes it, the reference actor, and the published adapter, which the
 import json
 import math
 import shutil
+import tempfile
+import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.utils import logging as transformers_logging
 
 from ftb_llm.bench.family_spec import Errors, Found, Task
 from ftb_llm.config import Config, build_config
@@ -31,7 +36,8 @@ from learner.family_models import (
     samples,
     token_logprobs,
 )
-from learner.model import AdaptedModel, check_model
+from learner.logprobs import Scorer
+from learner.model import AdaptedModel, check_model, load_base
 from learner.packing import Batch
 from learner.passes import MicroBatch, Verdict, backward
 from learner.reference import Reference
@@ -41,7 +47,33 @@ GROUPS = ((9, (3, 25, 118)), (40, (2, 17, 84)))  # beyond and within windows, fa
 AT_ONCE, IN_PARTS = 4096, 100  # tokens of a micro-batch
 SMALL = 0.01  # a gradient that is smaller than this share of the mean one is judged by that share
 
+SMOL = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49_152,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+
 Export = Callable[[Path, Path], None]  # a run's folder, and the merged model's
+
+
+def judge_alone(task: Task, export: Export) -> Found:
+    """In a folder that is gone afterwards, on one core, with no word but the answer."""
+    torch.set_num_threads(1)
+    quiet()
+    with tempfile.TemporaryDirectory(prefix="ftb-llm-family-") as folder:
+        return judge(task, Path(folder), export)
+
+
+def quiet() -> None:
+    """Tiny random models make transformers and PEFT warn of much that is meant."""
+    warnings.simplefilter("ignore")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def judge(task: Task, folder: Path, export: Export) -> Found:
@@ -125,9 +157,7 @@ def as_group(group: Sequence[Sample]) -> Group:
     return Group(id="g", prompt=prompt, completions=tuple(map(completion, group)), generator="bench", generate_seconds=0.0)
 
 
-def exported(
-    config: Config, model: AdaptedModel, flat: Sequence[Sample], truth: Scores, *, folder: Path, export: Export, attention: str
-) -> float:
+def exported(config: Config, model: AdaptedModel, flat: Sequence[Sample], truth: Scores, *, folder: Path, export: Export, attention: str) -> float:
     """How far the merged model, written as `ftb-llm export` does and loaded by transformers alone, is from the adapted one."""
     run, out = folder / "run", folder / "merged"
     run.mkdir()
@@ -151,9 +181,7 @@ def errors(found: Scores, truth: Scores, distance: Callable[[Sequence[Tensor], S
 
 
 def worst(some: Sequence[Errors]) -> Errors:
-    return Errors(
-        value=max(one.value for one in some), reference=max(one.reference for one in some), gradient=max(one.gradient for one in some)
-    )
+    return Errors(value=max(one.value for one in some), reference=max(one.reference for one in some), gradient=max(one.gradient for one in some))
 
 
 def sum_error(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
@@ -181,3 +209,17 @@ def worst_of(values: Iterable[float]) -> float:
 
 def one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+def trial_seconds() -> float:
+    """How long the trial at load takes for a random model of SmolLM2-135M's shape in float32."""
+    quiet()
+    with tempfile.TemporaryDirectory(prefix="ftb-llm-trial-") as name:
+        folder = Path(name)
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**SMOL))
+        model.save_pretrained(folder)
+        config = build_config({"model": {"path": name, "dtype": "float32"}, "learner": {"gpus": 0}})
+        base = load_base(config, folder).eval().requires_grad_(False)
+        began = time.perf_counter()
+        Scorer(base, longest=config.actors.max_model_len)
+        return time.perf_counter() - began

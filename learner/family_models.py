@@ -135,4 +135,3 @@ def samples(vocabulary: int, groups: Sequence[tuple[int, Sequence[int]]]) -> Ite
     for length, completions in groups:
         prompt = ids(length)
         yield [Sample(prompt=prompt, completion=ids(count), slope=slope()) for count in completions]
-

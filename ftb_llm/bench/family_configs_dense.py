@@ -1,23 +1,32 @@
 """Families of dense models with attention in every layer, most of them decoders like Llama: windows, ropes, biases, norms, soft-caps."""
 
-from ftb_llm.bench.family_spec import Family, family
+from ftb_llm.bench.family_spec import Family, Settings, family
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 MIXED = [SLIDING, SLIDING, FULL, SLIDING]
 HALF = 16  # frequencies of a head of 32
 
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
-LLAMA3 = {
-    **{"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64},
-    **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+YARN: Settings = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3: Settings = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "original_max_position_embeddings": 64,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
 }
-LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
-FACTORS = {"short_factor": [1.0 + 0.02 * i for i in range(HALF)], "long_factor": [1.0 + 0.3 * i for i in range(HALF)]}
-LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64, **FACTORS}
-LATENT = {
-    **{"kv_lora_rank": 32, "q_lora_rank": 48, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32},
-    **{"num_key_value_heads": 4, "head_dim": None},
+LINEAR: Settings = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+DYNAMIC: Settings = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+FACTORS: Settings = {"short_factor": [1.0 + 0.02 * i for i in range(HALF)], "long_factor": [1.0 + 0.3 * i for i in range(HALF)]}
+LONGROPE: Settings = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64, **FACTORS}
+LATENT: Settings = {
+    "kv_lora_rank": 32,
+    "q_lora_rank": 48,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "num_key_value_heads": 4,
+    "head_dim": None,
 }
 
 LLAMA_LIKE: tuple[Family, ...] = (
@@ -48,7 +57,8 @@ LLAMA_LIKE: tuple[Family, ...] = (
     family("bitnet"),
     family("cwm", rope_parameters=LLAMA3, sliding_window=16, layer_types=MIXED),
     family("diffllama"),
-    family("doge", keep_window_size=48),
+    family("doge"),
+    family("doge_keep48", "doge", keep_window_size=48),
     family("ernie4_5"),
     family("exaone4", sliding_window=None, layer_types=[FULL] * 4),
     family("exaone4_swa16", "exaone4", sliding_window=16, sliding_window_pattern=2),
@@ -77,13 +87,25 @@ GEMMA_LIKE: tuple[Family, ...] = (
         "gemma3_mm",
         "gemma3",
         text_config={
-            **{"vocab_size": 320, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 4, "head_dim": 32},
-            **{"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1, "sliding_window": 512},
-            **{"query_pre_attn_scalar": 32, "max_position_embeddings": 512},
+            "vocab_size": 320,
+            "hidden_size": 128,
+            "intermediate_size": 192,
+            "num_hidden_layers": 4,
+            "head_dim": 32,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "initializer_range": 0.1,
+            "sliding_window": 512,
+            "query_pre_attn_scalar": 32,
+            "max_position_embeddings": 512,
         },
         vision_config={
-            **{"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4},
-            **{"image_size": 28, "patch_size": 14},
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 28,
+            "patch_size": 14,
         },
         mm_tokens_per_image=4,
         image_token_index=310,
@@ -92,10 +114,36 @@ GEMMA_LIKE: tuple[Family, ...] = (
     ),
     family("gemma3_text", query_pre_attn_scalar=32, sliding_window=16, layer_types=MIXED),
     family("gemma3_text_swa512", "gemma3_text", query_pre_attn_scalar=32, sliding_window=512, layer_types=MIXED),
-    family("gemma3n_text", layer_types=MIXED, sliding_window=16, **{"num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]}, vocab_size_per_layer_input=320, hidden_size_per_layer_input=16, laurel_rank=8),
-    family("gemma3n_text_swa512", "gemma3n_text", layer_types=MIXED, sliding_window=512, num_kv_shared_layers=0, vocab_size_per_layer_input=320, hidden_size_per_layer_input=16, laurel_rank=8),
+    family(
+        "gemma3n_text",
+        layer_types=MIXED,
+        sliding_window=16,
+        num_kv_shared_layers=0,
+        activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0],
+        vocab_size_per_layer_input=320,
+        hidden_size_per_layer_input=16,
+        laurel_rank=8,
+    ),
+    family(
+        "gemma3n_text_swa512",
+        "gemma3n_text",
+        layer_types=MIXED,
+        sliding_window=512,
+        num_kv_shared_layers=0,
+        vocab_size_per_layer_input=320,
+        hidden_size_per_layer_input=16,
+        laurel_rank=8,
+    ),
     family("gemma4_text", layer_types=[SLIDING, SLIDING, SLIDING, FULL], sliding_window=512, vocab_size_per_layer_input=320, hidden_size_per_layer_input=16),
-    family("gemma4_text_kvshared", "gemma4_text", layer_types=[SLIDING, FULL, SLIDING, FULL], sliding_window=512, num_kv_shared_layers=2, vocab_size_per_layer_input=320, hidden_size_per_layer_input=16),
+    family(
+        "gemma4_text_kvshared",
+        "gemma4_text",
+        layer_types=[SLIDING, FULL, SLIDING, FULL],
+        sliding_window=512,
+        num_kv_shared_layers=2,
+        vocab_size_per_layer_input=320,
+        hidden_size_per_layer_input=16,
+    ),
     family("vaultgemma", query_pre_attn_scalar=32, sliding_window=4096),
 )
 

@@ -1,14 +1,14 @@
 """Families with routed experts, and those whose attention has latent keys and values, which mostly have both."""
 
 from ftb_llm.bench.family_configs_dense import FULL, LATENT, MIXED, YARN
-from ftb_llm.bench.family_spec import Family, family, routed
+from ftb_llm.bench.family_spec import Family, Settings, family, routed
 
 CHUNKED = "chunked_attention"
-FOUR = {"num_experts": 4, "num_experts_per_tok": 2}
-LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
-ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_shared_experts": 1}
-GROUPS = {"n_group": 2, "topk_group": 1}
-LLAMA4 = {"intermediate_size_mlp": 192, "attention_chunk_size": 16, "num_local_experts": 4, "floor_scale": 16}
+FOUR: Settings = {"num_experts": 4, "num_experts_per_tok": 2}
+LOCAL: Settings = {"num_local_experts": 4, "num_experts_per_tok": 2}
+ROUTED: Settings = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_shared_experts": 1}
+GROUPS: Settings = {"n_group": 2, "topk_group": 1}
+LLAMA4: Settings = {"intermediate_size_mlp": 192, "attention_chunk_size": 16, "num_local_experts": 4, "floor_scale": 16}
 MLP = ["dense", "sparse", "sparse", "sparse"]
 
 EXPERTS: tuple[Family, ...] = (
@@ -52,7 +52,11 @@ EXPERTS: tuple[Family, ...] = (
         "longcat_flash2",
         "longcat_flash",
         **{**LATENT, "head_dim": 16},
-        **{"num_layers": 2, "ffn_hidden_size": 192, "moe_topk": 2, "n_routed_experts": 4, "zero_expert_num": 2},
+        num_layers=2,
+        ffn_hidden_size=192,
+        moe_topk=2,
+        n_routed_experts=4,
+        zero_expert_num=2,
         expert_ffn_hidden_size=64,
     ),
     routed("mellum", **FOUR, moe_intermediate_size=64, sliding_window=1024),
@@ -67,7 +71,9 @@ EXPERTS: tuple[Family, ...] = (
         "qwen2_moe_rope",
         "qwen2_moe",
         **FOUR,
-        **{"moe_intermediate_size": 64, "shared_expert_intermediate_size": 32, "decoder_sparse_step": 2},
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=32,
+        decoder_sparse_step=2,
         rope_parameters=YARN,
     ),
     routed("qwen3_moe", **FOUR, moe_intermediate_size=64),

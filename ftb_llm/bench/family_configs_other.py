@@ -1,13 +1,16 @@
 """Families before Llama, and those with layers that are no attention: state spaces, convolutions, linear attention."""
 
 from ftb_llm.bench.family_configs_dense import FULL, LATENT
-from ftb_llm.bench.family_spec import Family, family, routed
+from ftb_llm.bench.family_spec import Family, Settings, family, routed
 
 LINEAR = "linear_attention"
-STATE = {"mamba_n_heads": 4, "mamba_d_head": 64, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 32}
-DELTA = {
-    **{"linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
-    **{"layer_types": [LINEAR, LINEAR, FULL, LINEAR]},
+STATE: Settings = {"mamba_n_heads": 4, "mamba_d_head": 64, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 32}
+DELTA: Settings = {
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": [LINEAR, LINEAR, FULL, LINEAR],
 }
 
 OLDER: tuple[Family, ...] = (
@@ -54,13 +57,17 @@ HYBRID: tuple[Family, ...] = (
     routed(
         "granitemoehybrid",
         **STATE,
-        **{"layer_types": ["mamba", "attention", "mamba", "attention"], "shared_intermediate_size": 96, "num_local_experts": 4},
+        layer_types=["mamba", "attention", "mamba", "attention"],
+        shared_intermediate_size=96,
+        num_local_experts=4,
         attention_multiplier=0.18,
     ),
     family(
         "granitemoehybrid_attn",
         "granitemoehybrid",
-        **{"layer_types": ["attention"] * 4, "shared_intermediate_size": 96, "num_local_experts": 0},
+        layer_types=["attention"] * 4,
+        shared_intermediate_size=96,
+        num_local_experts=0,
         **STATE,
         attention_multiplier=0.18,
         position_embedding_type="rope",
@@ -69,14 +76,21 @@ HYBRID: tuple[Family, ...] = (
     routed(
         "kimi_linear",
         **LATENT,
-        **{"layer_types": [LINEAR, LINEAR, LINEAR, FULL], "linear_head_dim": 16, "linear_num_heads": 4},
-        **{"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+        layer_types=[LINEAR, LINEAR, LINEAR, FULL],
+        linear_head_dim=16,
+        linear_num_heads=4,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
     ),
     family("lfm2", layer_types=["conv", FULL, "conv", FULL], block_auto_adjust_ff_dim=False),
     routed(
         "lfm2_moe",
         layer_types=["conv", FULL, "conv", FULL],
-        **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_dense_layers": 1},
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        num_dense_layers=1,
     ),
     family("mamba", state_size=8),
     family("mamba2", num_heads=4, head_dim=64, state_size=16, n_groups=1, chunk_size=32),
@@ -84,15 +98,25 @@ HYBRID: tuple[Family, ...] = (
     family(
         "nemotron_h",
         layers_block_type=["mamba", "attention", "mlp", "mamba"],
-        **{"ssm_state_size": 16, "mamba_num_heads": 4, "mamba_head_dim": 64, "n_groups": 1, "chunk_size": 32},
+        ssm_state_size=16,
+        mamba_num_heads=4,
+        mamba_head_dim=64,
+        n_groups=1,
+        chunk_size=32,
     ),
     family("qwen3_5_text", **DELTA),
     routed("qwen3_next", **DELTA, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, shared_expert_intermediate_size=32),
     family(
         "zamba2",
         layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
-        **{"num_key_value_heads": 4, "mamba_d_state": 16, "n_mamba_heads": 4, "chunk_size": 32, "use_mamba_kernels": False},
-        **{"num_hidden_layers": 4, "head_dim": None, "adapter_rank": 8},
+        num_key_value_heads=4,
+        mamba_d_state=16,
+        n_mamba_heads=4,
+        chunk_size=32,
+        use_mamba_kernels=False,
+        num_hidden_layers=4,
+        head_dim=None,
+        adapter_rank=8,
     ),
 )
 

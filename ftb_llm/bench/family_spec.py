@@ -22,13 +22,16 @@ COMMON: Mapping[str, Any] = {
 }
 
 
+Settings = dict[str, Any]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """One configuration: a tiny model that is built from it is judged."""
 
     name: str
     model_type: str  # as transformers knows it
-    settings: Mapping[str, Any]  # beyond the common ones; None takes the config's own default
+    settings: Settings  # beyond the common ones; None takes the config's own default
     attention: str = "eager"  # the naive loop's
     experts: bool = False  # routed: rounding alone changes which expert a token goes to
 
@@ -63,11 +66,11 @@ class Found:
     merged: float | None = None  # the exported model's log-probs, loaded again; None where not looked at
 
 
-def family(name: str, model_type: str | None = None, **settings: Any) -> Family:
+def family(name: str, model_type: str | None = None, /, **settings: Any) -> Family:
     """A dense one, of the type of its name where no other is given."""
     return Family(name=name, model_type=model_type or name, settings=settings)
 
 
-def routed(name: str, model_type: str | None = None, **settings: Any) -> Family:
+def routed(name: str, model_type: str | None = None, /, **settings: Any) -> Family:
     """One with experts."""
     return Family(name=name, model_type=model_type or name, settings=settings, experts=True)
