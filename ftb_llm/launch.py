@@ -42,7 +42,7 @@ from ftb_llm.run_dir import RunDir
 from ftb_llm.state import Phase
 from ftb_llm.summary import summarise
 from learner.family_judge import judge_alone, trial_seconds
-from learner.model import check_model
+from learner.model_check import check_model
 from learner.ray_actor import LearnerActor, ReferenceActor
 from learner.trial import run_trial
 
@@ -56,7 +56,7 @@ def train(config: Config, *, resume: Path | None, progress: Progress) -> int:
     began = time.monotonic()
     token = check_setup(config)
     inputs = read_inputs(config, progress)
-    check_model(config, inputs.model_path)
+    check_model(config, inputs.model_path, progress)
 
     def drive(run_dir: RunDir, place: PlacementGroup | None) -> int:
         try:

@@ -33,11 +33,13 @@ from learner.family_models import (
     gradients_of,
     load_naive,
     naive_scores,
+    rest_unused,
     samples,
     token_logprobs,
 )
 from learner.logprobs import Scorer
-from learner.model import AdaptedModel, check_model, load_base
+from learner.model import AdaptedModel, load_base
+from learner.model_check import check_model
 from learner.packing import Batch
 from learner.passes import MicroBatch, Verdict, backward
 from learner.reference import Reference
@@ -161,6 +163,7 @@ def exported(config: Config, model: AdaptedModel, flat: Sequence[Sample], truth:
     """How far the merged model, written as `ftb-llm export` does and loaded by transformers alone, is from the adapted one."""
     run, out = folder / "run", folder / "merged"
     run.mkdir()
+    rest_unused(model.peft_model, truth.gradients)
     (run / "config.json").write_text(json.dumps(config.model_dump(mode="json")), encoding="utf-8")
     canary = adapters.Canary(model, flat[0].prompt, LONGEST).value(model)
     adapters.publish(model, version=0, parent=run / "adapters", canary=canary, config=config)

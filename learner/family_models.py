@@ -5,7 +5,8 @@ What the learner is held against must share none of its code: whole sequences, f
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +74,14 @@ def fill_adapter(model: PeftModel) -> None:
         parameter.copy_(ADAPTER_SPREAD * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
 
 
+@torch.no_grad()
+def rest_unused(model: PeftModel, gradients: Mapping[str, Tensor]) -> None:
+    """B stays zero in a run where no gradient comes: of a layer whose weight the model reads past the layer, which no adapter reaches."""
+    for name, parameter in adapter_of(model):
+        if ".lora_B." in name and not gradients[name].any():
+            parameter.zero_()
+
+
 def adapter_of(model: PeftModel) -> list[tuple[str, nn.Parameter]]:
     return sorted((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
@@ -80,6 +89,17 @@ def adapter_of(model: PeftModel) -> list[tuple[str, nn.Parameter]]:
 def load_naive(folder: Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     """The experts one by one: grouped products know no float64."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention, experts_implementation="eager").eval()
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Some models make a tensor of the least number of another dtype, which must hold it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if dtype == torch.float64 else before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def naive_scores(folder: Path, dtype: torch.dtype, attention: str, lora: LoraConfig, samples: Sequence[Sample]) -> Scores:
@@ -90,12 +110,13 @@ def naive_scores(folder: Path, dtype: torch.dtype, attention: str, lora: LoraCon
     model.eval()
     fill_adapter(model)
     policy = []
-    for sample in samples:
-        logprobs = token_logprobs(model, sample)
-        (sample.slope * logprobs.sum()).backward()
-        policy.append(logprobs.detach())
-    with torch.no_grad(), model.disable_adapter():
-        reference = [token_logprobs(model, sample) for sample in samples]
+    with default_dtype(dtype):
+        for sample in samples:
+            logprobs = token_logprobs(model, sample)
+            (sample.slope * logprobs.sum()).backward()
+            policy.append(logprobs.detach())
+        with torch.no_grad(), model.disable_adapter():
+            reference = [token_logprobs(model, sample) for sample in samples]
     return Scores(policy=policy, reference=reference, gradients=gradients_of(model))
 
 

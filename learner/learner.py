@@ -94,6 +94,7 @@ class Learner:
             "device": str(self._model.device),
             "rank": self._model.ranks.rank,
             "packed": self._model.scorer.packed,
+            "trial_seconds": self._model.scorer.trial_seconds,
             "threads": torch.get_num_threads(),
             "step": self._step,
             "scale": self._model.scale,

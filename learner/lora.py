@@ -80,10 +80,10 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         x_NI = x.reshape(-1, x.shape[-1])
-        out_NO, projected_NR = _product(x_NI, weight, bias, a, b, scale)
+        out, projected_NR = _product(x_NI, x.shape[:-1], weight, bias, a, b, scale)
         ctx.save_for_backward(x_NI, projected_NR, weight, a, b)
         ctx.scale, ctx.shape = scale, x.shape
-        return out_NO.view(*x.shape[:-1], -1)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -100,10 +100,10 @@ class _GatedLoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         x_NI = functional.silu(gate).mul_(up).flatten(0, -2)
-        out_NO, projected_NR = _product(x_NI, weight, bias, a, b, scale)
+        out, projected_NR = _product(x_NI, gate.shape[:-1], weight, bias, a, b, scale)
         ctx.save_for_backward(gate, up, projected_NR, weight, a, b)
         ctx.scale = scale
-        return out_NO.view(*gate.shape[:-1], -1)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -116,10 +116,21 @@ class _GatedLoraLinear(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad_x.mul_(up), gate), grad_up, None, None, grad_a, grad_b, None
 
 
-def _product(x_NI: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The layer's output, and the adapter's projection of the input."""
+def _product(x_NI: Tensor, places: torch.Size, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The layer's output at these places, and the adapter's projection of the input.
+
+    The output is made in its final shape and filled through a flat view: a function of autograd must not return a view, which
+    models that change a layer's output in place could not change.
+    """
+    out = x_NI.new_empty(*places, len(weight))
+    out_NO = out.view(-1, len(weight))
+    if bias is None:
+        torch.mm(x_NI, weight.t(), out=out_NO)
+    else:
+        torch.addmm(bias, x_NI, weight.t(), out=out_NO)
     projected_NR = x_NI @ a.to(x_NI.dtype).t()
-    return functional.linear(x_NI, weight, bias).addmm_(projected_NR, b.to(x_NI.dtype).t(), alpha=scale), projected_NR
+    out_NO.addmm_(projected_NR, b.to(x_NI.dtype).t(), alpha=scale)
+    return out, projected_NR
 
 
 def _adapter_gradients(grad_NO: Tensor, x_NI: Tensor, projected_NR: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:

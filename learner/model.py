@@ -3,33 +3,30 @@
 accelerate knows the device and, with `learner.ranks` above 1, the other processes. The model itself stays unwrapped: `ranks` adds up the gradients.
 """
 
-import json
 import math
-from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ftb_llm.config import Config
-from ftb_llm.config.schema import Lora
 from ftb_llm.errors import CheckpointError, ConfigError, FtbError
 from learner.log_z import LogZTable
 from learner.logprobs import Scorer
 from learner.lora import speed_up
+from learner.model_check import check_rope
 from learner.ranks import Ranks
-from learner.sharding import decoder_layers, shard
+from learner.sharding import shard
+from learner.targets import adapt, stored_shapes
 
-ALL_LINEAR = "all-linear"
-_WEIGHTS = "model.safetensors"
+CAPPED = "attn_logit_softcapping"  # attention scores, which of transformers' ways the eager one alone caps; its default drops it
 
 
 class AdaptedModel:
@@ -41,8 +38,7 @@ class AdaptedModel:
         self.ranks = Ranks(self.accelerator)
         set_seed(config.run.seed)  # the same on every rank, and so the same adapter
         base = load_base(config, model_path)
-        check_targets(base, config.model.lora)
-        self.peft_model: PeftModel = get_peft_model(base, lora_config(base, config.model.lora))
+        self.peft_model: PeftModel = adapt(base, config.model.lora, stored_shapes(model_path))
         self.peft_model.eval()
         speed_up(self.peft_model)
         if config.learner.compile:
@@ -101,24 +97,13 @@ class AdaptedModel:
         if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in state.items()}:
             raise CheckpointError("the adapter has other tensors than this run's model and model.lora make; it is of another run")
         set_peft_model_state_dict(self.peft_model, state)
+        loaded = self.adapter_state()
+        if lost := sorted(name for name, tensor in state.items() if not torch.equal(loaded[name], tensor.to("cpu", loaded[name].dtype))):
+            raise CheckpointError(f"PEFT did not load {lost[0]} of the adapter ({len(lost)} such tensors): the model names it otherwise")
 
     def parameter_counts(self) -> dict[str, int]:
         trainable, total = self.peft_model.get_nb_trainable_parameters()
         return {"parameters": total - trainable, "trainable_parameters": trainable}
-
-
-def check_model(config: Config, model_path: Path) -> None:
-    """Raise what loading and adapting the model would, from its description alone: no weight is read, no memory taken."""
-    if missing := next((name for name in weight_files(model_path) if not (model_path / name).is_file()), None):
-        raise ConfigError("model.path", f"{config.model.path} holds no {missing}; the weights must be there as safetensors")
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path))
-    except (OSError, ValueError) as error:
-        raise ConfigError("model.path", f"{config.model.path} can't be loaded: {' '.join(str(error).split())}") from None
-    check_targets(model, config.model.lora)
-    if config.learner.sharding == "fsdp2":
-        decoder_layers(model)
 
 
 def compile_norms(base: nn.Module, device: torch.device) -> None:
@@ -134,64 +119,12 @@ def compile_norms(base: nn.Module, device: torch.device) -> None:
             module.forward = torch.compile(module.forward, dynamic=True)
 
 
-def weight_files(model_path: Path) -> list[str]:
-    """The names of the files that hold the weights: one, or those that an index lists."""
-    index = model_path / f"{_WEIGHTS}.index.json"
-    if not index.is_file():
-        return [_WEIGHTS]
-    try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError("model.path", f"{index} is no index of safetensors files") from None
-
-
 def load_base(config: Config, model_path: Path) -> PreTrainedModel:
     transformers_logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, config.model.dtype))
+        described = AutoConfig.from_pretrained(model_path)
+        check_rope(config, described)
+        chosen = {} if getattr(described.get_text_config(), CAPPED, None) is None else {"attn_implementation": "eager"}
+        return AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, config.model.dtype), **chosen)
     except (OSError, ValueError) as error:
         raise ConfigError("model.path", f"{model_path} can't be loaded: {' '.join(str(error).split())}") from None
-
-
-def lora_config(model: PreTrainedModel, lora: Lora) -> LoraConfig:
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.rank,
-        lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,  # readers of the file expect an integer where it is one
-        use_rslora=lora.rslora,
-        target_modules=target_modules(model, lora),
-        lora_dropout=0.0,
-    )
-
-
-def target_modules(model: PreTrainedModel, lora: Lora) -> str | list[str]:
-    """For PEFT, which knows all-linear only as the whole of the targets and would take it for a module's name in a list."""
-    if isinstance(lora.targets, str) or ALL_LINEAR not in lora.targets:
-        return lora.targets
-    return [*linear_names(model), *(target for target in lora.targets if target != ALL_LINEAR)]
-
-
-def check_targets(model: PreTrainedModel, lora: Lora) -> None:
-    """Each target must name linear layers that can be merged by weight; PEFT itself overlooks one wrong name among right ones."""
-    if lora.targets == ALL_LINEAR:
-        return
-    targets = [lora.targets] if isinstance(lora.targets, str) else lora.targets
-    modules = dict(model.named_modules())
-    linear = sorted({name.rpartition(".")[2] for name in linear_names(model)})
-    wanted = f"it should be {ALL_LINEAR}, or a list of names among {', '.join(linear)}"
-    if isinstance(lora.targets, str) or not targets:
-        raise ConfigError("model.lora.targets", f"{lora.targets!r} is wrong: {wanted}")
-    for target in (target for target in targets if target != ALL_LINEAR):
-        matched = [module for name, module in modules.items() if name == target or name.endswith(f".{target}")]
-        if not matched:
-            raise ConfigError("model.lora.targets", f"{target!r} names no module of the model: {wanted}")
-        if not all(isinstance(module, nn.Linear) for module in matched):
-            raise ConfigError("model.lora.targets", f"{target!r} is not a linear layer: {wanted}")
-        if model.get_output_embeddings() in matched and model.config.tie_word_embeddings:
-            raise ConfigError("model.lora.targets", f"{target!r} shares its weight with the input embeddings and can't be adapted: {wanted}")
-
-
-def linear_names(model: PreTrainedModel) -> Iterable[str]:
-    """Every linear layer but the head."""
-    head: Any = model.get_output_embeddings()
-    return (name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head)

@@ -10,7 +10,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 
 from ftb_llm.errors import CheckpointError, ConfigError, FtbError
 from learner.head import chosen_logprobs
-from learner.model import AdaptedModel, check_model
+from learner.model import AdaptedModel
+from learner.model_check import check_model
 from learner.step import take_step
 from tests import tiny_llama
 
@@ -53,7 +54,7 @@ def test_the_settings_of_the_passes_reach_them(path: Path, monkeypatch: pytest.M
         asked.append(float32)
         return chosen_logprobs(*args, float32=float32, **kwargs)
 
-    monkeypatch.setattr("learner.logprobs.chosen_logprobs", recording)
+    monkeypatch.setattr("learner.ways.chosen_logprobs", recording)
     for chosen in (False, True):
         model = AdaptedModel(tiny_llama.tiny_config(learner={"float32_head": chosen, "recompute_activations": chosen}), path)
         take_step(model, tiny_llama.step_request(1), micro_batch_tokens=1000)
