@@ -86,7 +86,7 @@ def judge(task: Task, folder: Path, export: Export) -> Found:
     try:
         check_model(config, model_path)
     except FtbError as error:
-        return Found(refused=one_line(str(error)))
+        return Found(refused=one_line(str(error)).replace(str(model_path), "the model"))
     try:
         return compared(task, config, model_path, export)
     except Exception as error:  # noqa: BLE001 - a run would end with it, whatever it is
@@ -99,7 +99,7 @@ def config_for(task: Task, model_path: Path) -> Config:
             "model": {"path": str(model_path), "dtype": task.dtype, "lora": {"rank": 4, "alpha": 8}},
             "learner": {"gpus": 0, "micro_batch_tokens": AT_ONCE},
             "sampling": {"max_tokens": LONGEST - 1},
-            "actors": {"max_model_len": LONGEST},
+            "actors": {"max_model_len": LONGEST, "gpus_each": 1},  # nothing starts; engines on a CPU could not hold experts
         }
     )
 
