@@ -21,6 +21,7 @@ from actors.merge import check_adapter, merged_weights
 from actors.ray_actor import GeneratorActor
 from ftb_llm.api.app import create_app
 from ftb_llm.api.server import check_port, serve
+from ftb_llm.bench.family_spec import Found, Task
 from ftb_llm.bench.spec import TrialResult, TrialSpec
 from ftb_llm.bench.workers import spread
 from ftb_llm.config import Config
@@ -35,6 +36,7 @@ from ftb_llm.journal import Journal, check_books
 from ftb_llm.machine import PeakMemory, core_count, gpu_count, tree_rss_bytes
 from ftb_llm.ports import Progress
 from ftb_llm.preflight import read_token
+from ftb_llm.progress import Progress as SilentProgress
 from ftb_llm.remote import RemoteGenerator, RemoteLearner, RemoteReference, check_resources, reserved, running_ray
 from ftb_llm.report import write_report
 from ftb_llm.rewards import RewardSet, RewardWorkers
@@ -42,6 +44,7 @@ from ftb_llm.run_dir import RunDir
 from ftb_llm.state import Phase
 from ftb_llm.summary import summarise
 from learner.checkpoint import verified
+from learner.family_judge import judge_alone, trial_seconds
 from learner.model_check import check_model
 from learner.ray_actor import LearnerActor, ReferenceActor
 from learner.trial import run_trial
@@ -283,6 +286,20 @@ def write_outcome(controller: Controller, run_dir: RunDir, facts: dict[str, Any]
 def run_trials(specs: Sequence[TrialSpec], *, jobs: int) -> Iterator[TrialResult]:
     """Trials side by side in processes of their own, each result as it comes."""
     return spread(run_trial, specs, jobs=jobs)
+
+
+def judge_family(task: Task) -> Found:
+    """One model family against the naive loop, its adapter merged as a run's would be."""
+
+    def export(run: Path, out: Path) -> None:
+        export_whole(run, None, out, progress=SilentProgress())
+
+    return judge_alone(task, export)
+
+
+def family_trial() -> float:
+    """Seconds that the learner's trial at load takes."""
+    return trial_seconds()
 
 
 def export_whole(run: Path, version: int | None, out: Path | None, *, progress: Progress) -> Exported:

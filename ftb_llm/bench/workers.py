@@ -7,7 +7,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any, Generic, Self, TypeVar
 
 from ftb_llm.errors import ProcessDied
 
@@ -44,3 +46,57 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
+
+
+class Late(Exception):
+    """A call took longer than it may; its process was ended."""
+
+
+class Worker(Generic[Item, Result]):
+    """One process that answers call after call, and is begun anew after one that killed it or took too long."""
+
+    def __init__(self, function: Callable[[Item], Result]) -> None:
+        self._function = function
+        self._process: BaseProcess | None = None
+        self._connection: Connection | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        self.close()
+
+    def call(self, item: Item, *, seconds: float) -> Result:
+        connection = self._started()
+        connection.send(item)
+        if not connection.poll(seconds):
+            self.close()
+            raise Late
+        try:
+            result: Result = connection.recv()
+        except EOFError:
+            self.close()
+            raise ProcessDied("the process died, perhaps for lack of memory") from None
+        return result
+
+    def close(self) -> None:
+        if self._process is not None and self._connection is not None:
+            self._connection.close()
+            self._process.kill()
+            self._process.join()
+        self._process = self._connection = None
+
+    def _started(self) -> Connection:
+        if self._connection is None:
+            context = multiprocessing.get_context("spawn")
+            self._connection, theirs = context.Pipe()
+            self._process = context.Process(target=_answer, args=(theirs, self._function), daemon=True)
+            self._process.start()
+            theirs.close()  # else the end of the process would go unnoticed
+        return self._connection
+
+
+def _answer(connection: Connection, function: Callable[[Any], Any]) -> None:
+    _begin()
+    while True:
+        connection.send(function(connection.recv()))

@@ -80,6 +80,14 @@ def configure_siege(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
+def configure_families(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these families alone; rows of the table in docs/families.md")
+    parser.add_argument("--dtype", default="float32", metavar="DTYPE", help="float32 (default) or bfloat16")
+    parser.add_argument("--trial", action="store_true", help="time the learner's trial at load on a model of 135 M parameters instead")
+    parser.add_argument("--markdown", action="store_true", help="print the table as docs/families.md has it")
+    add_json(parser)
+
+
 def _add_set(parser: argparse.ArgumentParser) -> None:
     what = "a setting of one objective alone, such as tv:learner.learning_rate=0.001; may be repeated"
     parser.add_argument("--set", action="append", default=[], metavar="NAME:KEY=VALUE", dest="own", help=what)
@@ -187,6 +195,32 @@ def run_siege(args: argparse.Namespace) -> int:
     found = measure([args.config, *args.words], attacks=args.attacks, megabytes=args.megabytes, say=_say)
     _publish(args, found, siege_tables(found), None)
     return 0
+
+
+def run_families(args: argparse.Namespace) -> int:
+    from ftb_llm.bench.families import DTYPES, FAMILIES, Verdict, documents, families_table, headline, measure, trial_told
+
+    if args.dtype not in DTYPES:
+        raise UsageError(f"argument --dtype: {args.dtype} is no dtype of this bench; it should be {' or '.join(DTYPES)}")
+    known = {family.name: family for family in FAMILIES}
+    if unknown := [name for name in args.only if name not in known]:
+        raise UsageError(f"argument --only: {unknown[0]} is no family of this bench; docs/families.md lists them")
+    from ftb_llm import launch
+
+    if args.trial:
+        seconds = launch.family_trial()
+        print(json.dumps({"trial_seconds": seconds}) if args.json else trial_told(seconds))
+        return 0
+    rows = measure([known[name] for name in args.only] or FAMILIES, dtype=args.dtype, judge=launch.judge_family, say=_say)
+    table = families_table(rows)
+    if args.json:
+        print_json(documents(rows))
+    elif args.markdown:
+        print(table.markdown())
+    else:
+        _print_tables([table])
+    _say(headline(rows))
+    return 1 if any(row.verdict in (Verdict.WRONG, Verdict.FAILED) for row in rows) else 0
 
 
 def _measured(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -338,5 +372,13 @@ COMMANDS = (
         "honest client. Ends by itself within ten minutes. Writes rows.json and table.md.",
         configure=configure_siege,
         run=run_siege,
+    ),
+    Command(
+        name="bench families",
+        help="which model families are scored right, refused, or wrongly",
+        description="Builds a tiny random model of each family and compares the learner's log-probs, reference, gradients and merged export with "
+        "transformers and PEFT alone in float64. Exit code 1 if one is wrong or fails after the model check said ok.",
+        configure=configure_families,
+        run=run_families,
     ),
 )

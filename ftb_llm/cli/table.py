@@ -31,6 +31,7 @@ COMMANDS: dict[str, Entry] = {
     "bench ranks": Entry(module="ftb_llm.cli.bench", help="what several learner ranks tell each other, as a share of the step"),
     "bench gpu": Entry(module="ftb_llm.cli.bench", help="the learner's step and its kernels on a CUDA device"),
     "bench siege": Entry(module="ftb_llm.cli.bench", help="a live run under attack over HTTP: its memory, its step rate, an honest client"),
+    "bench families": Entry(module="ftb_llm.cli.bench", help="which model families are scored right, refused, or wrongly"),
     "doctor": Entry(module="ftb_llm.cli.doctor", help="check this machine: python, cores, memory, pinned packages, port, cache folder, Ray's token"),
 }
 GROUPS = frozenset(name.split()[0] for name in COMMANDS if " " in name)
