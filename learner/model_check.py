@@ -27,6 +27,7 @@ def check_model(config: Config, model_path: Path, progress: Progress | None = No
     except (OSError, ValueError) as error:
         raise ConfigError("model.path", f"{config.model.path} can't be loaded: {' '.join(str(error).split())}") from None
     check_rope(config, described)
+    check_kept(config, described)
     check_experts(config, model)
     if config.learner.sharding == "fsdp2":
         decoder_layers(model)
@@ -53,6 +54,14 @@ def check_rope(config: Config, described: PreTrainedConfig) -> None:
         if longest > original:
             fault = f"{config.model.path} has a {kind} rope, which beyond {original} tokens depends on the longest sequence in a batch"
             raise ConfigError("actors.max_model_len", f"{longest} is too long: {fault}; it must be at most {original}")
+
+
+def check_kept(config: Config, described: PreTrainedConfig) -> None:
+    """Beyond some length, Doge's attention keeps the tokens that count most: which of equals those are depends on the padding."""
+    kept, longest = getattr(described.get_text_config(), "keep_window_size", None), config.actors.max_model_len
+    if kept is not None and longest > kept:
+        fault = f"{config.model.path} keeps keep_window_size = {kept} tokens in its attention, and which of equal ones depends on the padding"
+        raise ConfigError("actors.max_model_len", f"{longest} is too long: {fault}; it must be at most {kept}")
 
 
 def check_experts(config: Config, model: PreTrainedModel) -> None:

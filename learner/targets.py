@@ -7,14 +7,16 @@ that names one is refused.
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ftb_llm.config.schema import Lora
@@ -110,13 +112,25 @@ def linear_names(model: PreTrainedModel) -> Iterator[str]:
 
 def is_linear(module: nn.Module) -> bool:
     """And no more than that: routers of experts are made of it, and give more than one tensor."""
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return isinstance(module, nn.Linear) and (type(module).forward is nn.Linear.forward or _gives_one_product(module))
+
+
+@torch.no_grad()
+def _gives_one_product(module: nn.Linear) -> bool:
+    """A layer with a way of its own, such as Falcon's: does it give what a linear one gives?"""
+    try:
+        out = module(module.weight.new_zeros(1, module.in_features))
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return False
+    return isinstance(out, Tensor) and out.shape == (1, module.out_features)
 
 
 def pushable_names(model: PreTrainedModel, stored: Shapes) -> list[str]:
-    """The linear layers but the head whose weight is on disk under the same name and in the same shape."""
+    """The linear layers but the head whose weight is on disk under the same name and in the same shape, and theirs alone."""
     modules = dict(model.named_modules())
-    return [name for name in _left_alone(model, list(linear_names(model))) if _is_stored(name, modules[name], stored)]
+    users = Counter(id(module.weight) for module in modules.values() if isinstance(module, nn.Linear))
+    alone = [name for name in linear_names(model) if users[id(modules[name].weight)] == 1]  # merged, a shared one would change elsewhere too
+    return [name for name in _left_alone(model, alone) if _is_stored(name, modules[name], stored)]
 
 
 def unadapted(model: PreTrainedModel, lora: Lora, stored: Shapes) -> tuple[float, str]:

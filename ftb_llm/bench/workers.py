@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, Self, TypeVar
@@ -98,5 +99,6 @@ class Worker(Generic[Item, Result]):
 
 def _answer(connection: Connection, function: Callable[[Any], Any]) -> None:
     _begin()
-    while True:
-        connection.send(function(connection.recv()))
+    with suppress(EOFError):  # there are no more calls
+        while True:
+            connection.send(function(connection.recv()))

@@ -12,6 +12,7 @@ from ftb_llm.config import Config
 from ftb_llm.errors import ConfigError
 from learner.model import AdaptedModel, load_base
 from learner.model_check import check_model
+from learner.targets import linear_names, pushable_names, stored_shapes
 from tests import tiny_families, tiny_llama
 from tests.fakes import FakeProgress
 from tests.tiny_families import EXPERTS
@@ -134,3 +135,29 @@ def test_another_rope_is_as_long_as_it_likes(tmp_path: Path) -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
     path = tiny_families.build(tmp_path, "llama", rope_parameters=yarn, max_position_embeddings=128)
     check_model(config_of(path, {"max_model_len": 128}), path)
+
+
+def test_attention_that_keeps_the_tokens_that_count_most_is_refused_where_it_leaves_some_out(tmp_path: Path) -> None:
+    path = tiny_families.build(tmp_path, "doge", keep_window_size=48)
+    error = refusal(path, {"max_model_len": 49})
+    assert error.key == "actors.max_model_len"
+    assert error.message.endswith("it must be at most 48")
+    check_model(config_of(path, {"max_model_len": 48}), path)
+
+
+def test_a_linear_layer_with_a_way_of_its_own_is_adapted(tmp_path: Path) -> None:
+    path = tiny_families.build(tmp_path, "falcon", new_decoder_architecture=True)
+    model = load_base(config_of(path), path)
+    assert set(pushable_names(model, stored_shapes(path))) == {name for name, module in model.named_modules() if type(module).__name__ == "FalconLinear"} - {
+        "lm_head"
+    }
+
+
+def test_a_weight_that_two_layers_share_is_left_alone(tmp_path: Path) -> None:
+    """Merged into the one, an adapter would change the other as well."""
+    model = tiny_families.make("llama")
+    first, second = (model.get_decoder().layers[index].self_attn for index in (0, 1))
+    second.q_proj.weight = first.q_proj.weight
+    stored = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    left = {name for name in linear_names(model) if name not in pushable_names(model, stored)}
+    assert left == {f"model.layers.{index}.self_attn.q_proj" for index in (0, 1)}
