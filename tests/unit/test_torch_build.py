@@ -6,7 +6,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
@@ -67,10 +67,8 @@ class Machine:
 @pytest.fixture
 def machine(tmp_path: Path) -> Iterator[Machine]:
     """The public index lists a CUDA build that is not there; PyTorch's own wheels have one of each."""
-    spec = find_spec("pip")
-    assert spec is not None and spec.submodule_search_locations
     (tmp_path / "pip").mkdir()
-    (tmp_path / "pip/pip").symlink_to(spec.submodule_search_locations[0])
+    (tmp_path / "pip/pip").symlink_to(Path(str(distribution("pip").locate_file("pip"))))  # importing it here would bring back the old distutils
     public = Listed.from_file(wheel(tmp_path / "public", VERSION, NVIDIA))
     shelves = {
         "simple": {"torch": [Listed(name=public.name, metadata=public.metadata, content=None)]},
