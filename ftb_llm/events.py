@@ -76,13 +76,13 @@ class Events:
         """Equal events whose time has come; what has not come again since is forgotten."""
         now = self._clock()
         for key, held in list(self._held.items()):
-            if now - held.told < self._repeat_seconds:
-                continue
+            if self._held.get(key) is not held or now - held.told < self._repeat_seconds:
+                continue  # the first: a notice of trouble with the files, told in this very loop, came before us
             if held.times == 0:
                 del self._held[key]
                 continue
-            self._tell_held(key[0], held)
             self._held[key] = _Held(told=now)
+            self._tell_held(key[0], held)
 
     def _tell_held(self, kind: str, held: _Held) -> None:
         if held.times == 1:

@@ -76,19 +76,19 @@ def train(config: Config, *, resume: Path | None, progress: Progress) -> int:
                 return drive(run_dir, place)
     path = Path(config.run.dir) / (config.run.name or default_name(config))
     RunDir.check_free(path)
-    with ray_for(config) as place, RunDir.create(path).locked() as run_dir, gone_unless_started(run_dir):
+    with ray_for(config) as place, gone_unless_started(RunDir.create(path)) as created, created.locked() as run_dir:
         return drive(run_dir, place)
 
 
 @contextmanager
-def gone_unless_started(run_dir: RunDir) -> Iterator[None]:
+def gone_unless_started(run_dir: RunDir) -> Iterator[RunDir]:
     """Take a fresh run's folder away when its start fails: there is nothing in it, and the name is free for the next try."""
     try:
-        yield
+        yield run_dir
     except BaseException:
         started = any(event["kind"] == "started" for event in run_dir.events())
         if not started and run_dir.newest_checkpoint() is None:  # events may be missing where a disk was full
-            shutil.rmtree(run_dir.path)
+            shutil.rmtree(run_dir.path, ignore_errors=True)  # actors that are just ending may still write; the reason counts more
         raise
 
 
@@ -173,9 +173,11 @@ async def _run(config: Config, inputs: Inputs, run_dir: RunDir, place: Placement
     checkpoint = run_dir.newest_checkpoint()
     if checkpoint is None:
         run_dir.forget_metrics_after(-1)  # a run that never came to its first checkpoint begins again
-    run_dir.write_json("config.json", config.model_dump(mode="json"))
     async with AsyncExitStack() as stack:
         journal = stack.enter_context(closing(Journal(run_dir.path / JOURNAL)))
+        past = journal.past_configs()
+        if past is None:  # what a resume changes is written down as any change is
+            run_dir.write_json("config.json", config.model_dump(mode="json"))
         generators = [start_generator(config, inputs, index) for index in range(config.actors.count)]
         learner = start_learner(config, inputs, run_dir, place)
         stack.push_async_callback(learner.stop)
@@ -187,7 +189,7 @@ async def _run(config: Config, inputs: Inputs, run_dir: RunDir, place: Placement
             stack.push_async_callback(generator.stop)
         controller = Controller(
             config=config,
-            config_history=journal.past_configs(),
+            config_history=past,
             run_dir=run_dir,
             journal=journal,
             prompts=PromptOrder(inputs.prompts, seed=config.run.seed, shuffle=config.data.shuffle),
@@ -204,11 +206,20 @@ async def _run(config: Config, inputs: Inputs, run_dir: RunDir, place: Placement
             progress.line(f"control plane at {url}, its API page at {url}/docs")
         memory = await stack.enter_async_context(PeakMemory(lambda: job_rss_bytes([*generators, learner, *([reference] if reference else [])])))
         interrupted = ctrl_c_stops(controller)
-        try:
-            await controller.run()
-        finally:
+
+        async def outcome() -> None:
             facts = {"peak_rss_gib": memory.peak_gib, "total_seconds": time.monotonic() - began}
             await asyncio.to_thread(write_outcome, controller, run_dir, facts)  # beside the control plane, which still answers
+
+        try:
+            await controller.run()
+        except BaseException:
+            try:
+                await outcome()
+            except OSError as error:  # what ended the run is the news
+                progress.line(f"warning: summary and report can't be written: {error}")
+            raise
+        await outcome()
     return INTERRUPTED if interrupted.is_set() else 0
 
 

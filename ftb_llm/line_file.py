@@ -111,7 +111,10 @@ class LineFile:
             raise
 
     def _opened(self) -> int:
-        """The open file, which ends with a whole line or will be cut to one."""
+        """The open file, which ends with a whole line or will be cut to one. One that was moved away or replaced is begun anew."""
+        if self._descriptor is not None and not _is_at(self._descriptor, self.path):
+            os.close(self._descriptor)
+            self._descriptor = self._cut_at = None
         if self._descriptor is None:
             descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
             self._descriptor = descriptor
@@ -120,6 +123,15 @@ class LineFile:
             if whole < size and self._cut_at is None:
                 self._cut_at = whole
         return self._descriptor
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file still stands under its name."""
+    try:
+        named = path.stat()
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(descriptor), named)
 
 
 def read_rows(path: Path, *, needs: str, damaged: list[int] | None = None) -> Iterator[dict[str, Any]]:

@@ -3,9 +3,11 @@
 import json
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import wraps
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, ParamSpec, Self, TextIO
 
 from ftb_llm.panel import EVENTS_SHOWN, duration, elapsed_text, panel_lines
 from ftb_llm.types import ObjectiveSpec
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
 ENDED = ("finished", "stopped", "failed")
 Status = Mapping[str, Any]
+Arguments = ParamSpec("Arguments")
 
 
 def make_progress(mode: str, max_steps: int, stream: TextIO, *, every_steps: int = 10) -> "Progress":
@@ -52,6 +55,17 @@ class Progress:
         """One remark, such as a config change."""
 
 
+def outlived(tell: Callable[Arguments, None]) -> Callable[Arguments, None]:
+    """Whoever watches may have gone, or their disk be full: that ends no run, whose own files say the same."""
+
+    @wraps(tell)
+    def telling(*args: Arguments.args, **named: Arguments.kwargs) -> None:
+        with suppress(OSError):
+            tell(*args, **named)
+
+    return telling
+
+
 class JsonProgress(Progress):
     """Every status as one line of JSON."""
 
@@ -59,6 +73,7 @@ class JsonProgress(Progress):
         super().__init__()
         self._stream = stream
 
+    @outlived
     def update(self, status: Status) -> None:
         super().update(status)
         print(json.dumps(status), file=self._stream, flush=True)
@@ -77,6 +92,7 @@ class PlainProgress(Progress):
         if not last or status["state"] != last["state"] or self._due(last["step"], status["step"], status["max_steps"]):
             self.line(plain_line(status))
 
+    @outlived
     def line(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
 
@@ -106,6 +122,7 @@ class LiveProgress(Progress):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._live.stop()
 
+    @outlived
     def update(self, status: Status) -> None:
         super().update(status)
         self._seen = time.time()
@@ -115,6 +132,7 @@ class LiveProgress(Progress):
         if not self._live.is_started:
             self._live.start()
 
+    @outlived
     def line(self, text: str) -> None:
         if self._live.is_started:
             self._events.append(text)

@@ -5,6 +5,7 @@ notice tells of the trouble's begin and one of its end. The books (`run.db`, `co
 are not written here: a run that can't keep those must not go on.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,7 +34,8 @@ class RunLog:
         self._settle()
 
     def append_event(self, kind: str, message: str, *, step: int, **details: Any) -> None:
-        self._events.append({"time": time.time(), "step": step, "kind": kind, "message": message, **details})
+        told = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in details.items()}
+        self._events.append({"time": time.time(), "step": step, "kind": kind, "message": message, **told})
         self._settle()
 
     def write_document(self, name: str, value: Any) -> None:

@@ -21,7 +21,7 @@ from ftb_llm.errors import CheckpointError, ConfigError, FtbError
 from learner.log_z import LogZTable
 from learner.logprobs import Scorer
 from learner.lora import speed_up
-from learner.model_check import check_rope
+from learner.model_check import check_kept, check_rope
 from learner.ranks import Ranks
 from learner.sharding import shard
 from learner.targets import adapt, stored_shapes
@@ -123,8 +123,16 @@ def load_base(config: Config, model_path: Path) -> PreTrainedModel:
     transformers_logging.disable_progress_bar()
     try:
         described = AutoConfig.from_pretrained(model_path)
-        check_rope(config, described)
+    except (OSError, ValueError) as error:
+        raise _unloadable(model_path, error) from None
+    check_rope(config, described)
+    check_kept(config, described)
+    try:
         chosen = {} if getattr(described.get_text_config(), CAPPED, None) is None else {"attn_implementation": "eager"}
         return AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, config.model.dtype), **chosen)
     except (OSError, ValueError) as error:
-        raise ConfigError("model.path", f"{model_path} can't be loaded: {' '.join(str(error).split())}") from None
+        raise _unloadable(model_path, error) from None
+
+
+def _unloadable(model_path: Path, error: Exception) -> ConfigError:
+    return ConfigError("model.path", f"{model_path} can't be loaded: {' '.join(str(error).split())}")

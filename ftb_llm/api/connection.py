@@ -197,9 +197,12 @@ class BoundedProtocol(H11Protocol, asyncio.BufferedProtocol):
     # -- ends
 
     def _make_room(self) -> None:
-        held = [other for other in self.connections if isinstance(other, BoundedProtocol) and not other._is_dropped]
-        if len(held) > self._limits.connections:
-            min(held, key=BoundedProtocol._worth)._drop()
+        """The newcomer has had no chance to ask yet, so it gives way only where all others are being answered."""
+        others = [other for other in self.connections if isinstance(other, BoundedProtocol) and not other._is_dropped and other is not self]
+        if len(others) < self._limits.connections:
+            return
+        least = min(others, key=BoundedProtocol._worth)
+        (self if least._phase is Phase.ANSWER else least)._drop()
 
     def _worth(self) -> tuple[bool, bool, bool, float]:
         """Least for the one to close first: those refused, then those without a whole request, then idle ones, oldest first."""

@@ -26,9 +26,9 @@ def typed_value(key: str, text: str, annotation: Any) -> Any:
         value = parse_yaml(text, key)
     except NotYaml:
         value = text
-    if value is None and text.strip().lower() not in _NULL:
-        raise InvalidConfig([ConfigError(key, f"has no value after the =, as when a shell variable is not set; write {key}=null where none is meant")])
     kinds = set(_kinds(annotation)) if annotation is not None else set()
+    if not text.strip() or (value is None and str not in kinds and text.strip().lower() not in _NULL):
+        raise InvalidConfig([ConfigError(key, f"has no value after the =, as when a shell variable is not set; write {key}=null where none is meant")])
     if str in kinds:
         value = _as_text(value, text, is_list_fine=list in kinds)
     elif kinds & {int, float}:
@@ -76,10 +76,10 @@ def _kinds(annotation: Any) -> list[Any]:
 
 
 def _as_text(value: Any, text: str, *, is_list_fine: bool) -> Any:
-    """What YAML would take for a number, a date or a mapping is the name that somebody wrote; quotes and null mean what they mean."""
-    if value is None or isinstance(value, str) or (is_list_fine and isinstance(value, list)):
-        return value
-    return text.strip()
+    """What YAML would take for a number, a comment or a mapping is the name that somebody wrote; quotes and null mean what they mean."""
+    bare = text.strip()
+    is_quoted = isinstance(value, str) and bare[0] in "'\""
+    return value if is_quoted or bare.lower() in _NULL or (is_list_fine and isinstance(value, list)) else bare
 
 
 def _as_number(value: Any, text: str, *, is_whole: bool) -> Any:

@@ -214,3 +214,15 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         threading.Event().wait(0.01)
+
+
+def test_clients_that_have_asked_once_and_wait_do_not_lock_newcomers_out() -> None:
+    with serving(create_app(FakeRun()), limits=Limits(connections=4)) as url, ExitStack() as stack:
+        for _ in range(4):
+            waiting = stack.enter_context(closing(connect(url)))
+            waiting.sendall(GET + b"\r\n")
+            assert waiting.recv(1) == b"H"
+        for _ in range(3):
+            newcomer = stack.enter_context(closing(connect(url)))
+            newcomer.sendall(GET + b"Connection: close\r\n\r\n")
+            assert answer_of(newcomer).startswith(b"HTTP/1.1 200 ")

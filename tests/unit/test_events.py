@@ -1,5 +1,10 @@
+import errno
+import math
+import os
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from ftb_llm.events import Events
 from ftb_llm.run_dir import RunDir
@@ -93,3 +98,26 @@ def test_rejections_are_all_written_and_shown_ever_more_rarely(tmp_path: Path) -
         bench.events.emit("rejected", f"group {number} rejected", reason="raised")
     assert len(bench.written()) == 9
     assert bench.progress.lines == [f"rejected: group {number} rejected" for number in (0, 1, 3, 7)]
+
+
+def test_trouble_with_the_files_while_held_events_are_told_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(tmp_path)
+    for message in ("again", "again", "once"):
+        bench.events.emit("warning", message)
+    bench.now += 11
+
+    def full(descriptor: int, line: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "write", full)
+        bench.events.emit("actor_out", "another")
+    bench.events.close()
+    assert sorted(message for message in bench.messages() if "report" not in message and "jsonl" not in message) == ["again", "again", "another", "once"]
+
+
+def test_a_number_that_json_can_not_hold_is_null(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.events.emit("push_failed", "canary", canary_engine=math.nan, canary_learner=-2.0)
+    (event,) = bench.written()
+    assert (event["canary_engine"], event["canary_learner"]) == (None, -2.0)

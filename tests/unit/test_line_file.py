@@ -190,3 +190,14 @@ def test_a_reader_skips_and_numbers_what_is_damaged(tmp_path: Path) -> None:
     assert damaged == damaged_lines(path, needs="step") == [2, 3, 4, 5]
     assert damaged_lines(tmp_path / "gone.jsonl", needs="step") == []
     assert list(read_rows(tmp_path / "gone.jsonl", needs="step")) == []
+
+
+def test_a_file_that_was_moved_away_begins_anew(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    file = LineFile(path)
+    file.append({"step": 1})
+    path.rename(tmp_path / "old.jsonl")
+    file.append({"step": 2})
+    file.close()
+    assert [row["step"] for row in read_rows(path, needs="step")] == [2]
+    assert [row["step"] for row in read_rows(tmp_path / "old.jsonl", needs="step")] == [1]

@@ -251,3 +251,15 @@ def test_compact(value: float | None, text: str) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (75.4, "1:15"), (3700, "1:01:40")])
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize("mode", ["plain", "json"])
+def test_a_reader_who_has_gone_ends_no_run(mode: str) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    progress = make_progress(mode, 10, Gone(), every_steps=1)
+    progress.line("a remark")
+    progress.update(status(7))
+    assert progress.status["step"] == 7

@@ -132,3 +132,29 @@ def test_a_setting_that_is_given_twice_is_a_mistake(key: str, first: str, second
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "localhost", "::1"])
 def test_every_address_of_this_machine_alone_needs_no_token(host: str) -> None:
     assert build_config({"control": {"host": host}}).control.host == host
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("run.name=exp #3", "exp #3"),
+        ("run.name=#1", "#1"),
+        ("run.name=&a b", "&a b"),
+        ("run.name='quoted'", "quoted"),
+        ("data.path=/d/set #2.jsonl", "/d/set #2.jsonl"),
+    ],
+)
+def test_text_stays_as_it_stands(word: str, value: str) -> None:
+    section, _, name = word.partition("=")[0].partition(".")
+    assert parse_override(word)[section][name] == value
+
+
+def test_a_number_means_the_same_in_a_file_as_in_a_word(tmp_path) -> None:
+    path = tmp_path / "numbers.yaml"
+    path.write_text("run: {max_steps: 010}\n")
+    assert load_config([path]).run.max_steps == parse_override("run.max_steps=010")["run"]["max_steps"] == 10
+    path.write_text("run: {max_steps: 1:30}\n")
+    with pytest.raises(InvalidConfig, match=r"run\.max_steps"):
+        load_config([path])
+    with pytest.raises(InvalidConfig, match=r"objective\.beta"):
+        build_config(parse_override("objective.beta=1:30.5"))

@@ -49,7 +49,6 @@ def test_each_key_that_is_given_twice_is_a_line() -> None:
         ("a: !!python/object/apply:os.getpid []", "names a type"),
         ("a: !!int ''", "names a type"),
         ("a: " + "9" * 5000, "a number can't be read: Exceeds the limit"),
-        ("a: 0b_", "a number can't be read"),
         ("? [a]\n: 1", "found unhashable key"),
         ("a: 1\n---\na: 2", "found another document in line 2"),
     ],
