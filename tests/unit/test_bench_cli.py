@@ -86,6 +86,7 @@ def test_bench_alone_lists_its_commands(words: list[str], code: int, capsys: pyt
         "bench ranks",
         "bench gpu",
         "bench siege",
+        "bench families",
     ]
     assert printed.err == ""
 
